@@ -1,0 +1,49 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+DEMO := output/demo
+FEATURES := output/features/emoji-demo
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## create .venv with everything
+$(VENV)/.installed: pyproject.toml requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PY) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: install  ## pictures -> features -> training -> checkpoint -> sampled grid, on the bundled data
+	$(PY) tools/extract_features.py data/emoji --out $(FEATURES) --limit 160
+	$(PY) train_scripts/train.py configs/emoji/emoji_demo.py --work-dir $(DEMO) --resume-from latest
+	$(PY) scripts/inference.py --model_path $(DEMO)/checkpoints/checkpoint-20 --txt_file asset/samples.txt \
+		--bs 4 --step 14 --grid --output $(DEMO)/samples
+	@echo "pictures    $(DEMO)/samples, before and after: $(DEMO)/validation"
+	@echo "logs        $(DEMO)/train_log.log, $(DEMO)/metrics.jsonl; tensorboard --logdir $(DEMO)/logs"
+	@echo "checkpoint  $(DEMO)/checkpoints/checkpoint-20"
+
+test: $(VENV)/.installed-dev  ## all quick tests
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## tests that take longer
+	$(PY) -m pytest -q -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: install  ## timings of this machine into benchmarks/results
+	$(PY) benchmarks/bench_store.py
+	$(PY) benchmarks/bench_sampling_cpu.py
+
+clean:  ## remove the environment and build files, not your data or runs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache
