@@ -1,0 +1,34 @@
+# Purpose: train at 512 px, square pictures; usually started from 256 px weights (--load-from).
+# Data: InternalData layout under /data/data/InternData (partition/data_info.json), square features.
+# Batch: 38 per process x N processes x 1 accumulation = 304 a step on 8; auto_lr scales lr by sqrt(batch / 256).
+# Hardware: one CUDA GPU per process; the batch is the original's, lower train_batch_size if memory does not suffice.
+_base_ = ["../PixArt_xl2_internal.py"]
+data_root = "/data/data"
+data = dict(
+    type="InternalData",
+    root="InternData",
+    image_list_json=["data_info.json"],
+    transform="default_train",
+    load_vae_feat=True,
+)
+image_size = 512
+
+# model
+model = "PixArt_XL_2"
+fp32_attention = True
+vae_pretrained = "output/pretrained_models/sd-vae-ft-ema"
+lewei_scale = 1.0
+
+# training
+num_workers = 10
+train_batch_size = 38
+num_epochs = 200
+gradient_accumulation_steps = 1
+grad_checkpointing = True
+gradient_clip = 0.01
+optimizer = dict(type="AdamW", lr=2e-5, weight_decay=3e-2, eps=1e-10)
+lr_schedule_args = dict(num_warmup_steps=1000)
+eval_sampling_steps = 200
+log_interval = 20
+save_model_epochs = 1
+work_dir = "output/debug"

@@ -1,0 +1,109 @@
+"""Command line shared by the training scripts. Nothing here imports torch or mmengine, so --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+CLOUD_DATA_ROOT = "/data/data"
+_EXAMPLE = "python train_scripts/train.py configs/emoji/emoji_256.py --work-dir output/my-run"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the line breaks of description and example."""
+
+
+class _Debug(argparse.Action):
+    """--debug: store True and ask `run_cli` for tracebacks."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        os.environ["PIXART_DEBUG"] = "1"
+        setattr(namespace, self.dest, True)
+
+
+class _LocalRank(argparse.Action):
+    """--local-rank: the launcher's LOCAL_RANK, when set, wins over the flag."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, int(os.environ.get("LOCAL_RANK") or values))
+
+
+def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.ArgumentParser:
+    """The parser of a training script; scripts add their own flags to it.
+
+    `config_overrides(args)` turns the flags that are config keys into overrides for `load_config`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}\n\nA .py config is a program: it runs with your rights.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", help="config file (.py)")
+    add("--work-dir", "--work_dir", help="folder of logs and checkpoints, instead of the config's work_dir")
+    add("--resume-from", "--resume_from", help="checkpoint folder to continue, or 'latest' of the work-dir")
+    add("--load-from", "--load_from", help="weights to start from, instead of the config's load_from")
+    add(
+        "--cfg-options",
+        "--cfg_options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override config keys, e.g. optimizer.lr=1e-4 max_steps=100",
+    )
+    roots = parser.add_mutually_exclusive_group()
+    roots.add_argument("--data-root", "--data_root", help="folder of the data, instead of the config's data_root")
+    roots.add_argument(
+        "--cloud",
+        dest="data_root",
+        action="store_const",
+        const=CLOUD_DATA_ROOT,
+        default=argparse.SUPPRESS,
+        help=f"short for --data-root {CLOUD_DATA_ROOT}",
+    )
+    add(
+        "--report_to",
+        "--report-to",
+        choices=("tensorboard", "none"),
+        default="tensorboard",
+        help="where metrics go, beside metrics.jsonl",
+    )
+    add("--tracker_project_name", default="text2image-fine-tune", help="TensorBoard run name")
+    add("--loss_report_name", default="loss", help="TensorBoard tag of the training loss")
+    add(
+        "--local-rank",
+        "--local_rank",
+        type=int,
+        action=_LocalRank,
+        default=int(os.environ.get("LOCAL_RANK") or -1),
+        help="process number on this machine, set by launchers; the variable LOCAL_RANK wins; -1 = single process",
+    )
+    add("--debug", action=_Debug, nargs=0, default=False, help="show tracebacks of errors; training is not changed")
+    return parser
+
+
+def config_overrides(args: argparse.Namespace) -> list[str]:
+    """Overrides for `load_config`: --cfg-options, then the flags that name a config key, which win.
+
+    A rank given by --local-rank (the older launcher) becomes LOCAL_RANK, where the trainer looks for it.
+    """
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    flags = {"work_dir": args.work_dir, "load_from": args.load_from, "data_root": args.data_root}
+    flags["resume_from.checkpoint"] = args.resume_from
+    return [*args.cfg_options, *(f"{key}={value!r}" for key, value in flags.items() if value is not None)]

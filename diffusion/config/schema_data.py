@@ -1,0 +1,64 @@
+"""The `data` section: which features a run reads."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from diffusion.config.section import Section, Strings, rule_error
+
+DataType = Literal["Store", "SAM", "InternalData", "InternalDataMS", "InternalDataHed", "DreamBooth"]
+DATA_TYPES: tuple[str, ...] = get_args(DataType)
+_FEATURES = frozenset({"load_vae_feat", "load_t5_feat", "transform"})
+_INTERNAL = _FEATURES | {"image_list_json"}
+# Keys that each data type reads, beside `type` and `root`. A key set for another type gets a notice: the original
+# configs inherit such keys from their base file.
+KEYS_READ_BY_TYPE: dict[str, frozenset[str]] = {
+    "Store": frozenset({"split", "balance_by"}),
+    "SAM": _FEATURES | {"image_list_txt"},
+    "InternalData": _INTERNAL,
+    "InternalDataMS": _INTERNAL,
+    "InternalDataHed": _INTERNAL,
+    "DreamBooth": frozenset({"prompt", "transform"}),
+}
+
+
+class DataConfig(Section):
+    """One data set. `type` chooses the reader; KEYS_READ_BY_TYPE says which other keys it reads."""
+
+    type: DataType = Field(
+        description="Reader: Store (Arrow feature store written by tools/extract_features.py), the original's layouts "
+        "SAM, InternalData, InternalDataMS (aspect-ratio buckets), InternalDataHed (ControlNet), or DreamBooth."
+    )
+    root: str = Field(min_length=1, description="Folder of the data set; a relative path is joined to data_root.")
+    split: str | None = Field(
+        default=None, description="Store: split to read, such as 'train' or 'heldout'; None reads all rows."
+    )
+    balance_by: str | None = Field(
+        default=None,
+        description="Store: attribute (such as 'concept') whose values are drawn equally often; None = every row once "
+        "an epoch.",
+    )
+    image_list_txt: Strings = Field(
+        default=(), description="SAM: file names under <root>/partition, one picture name without extension per line."
+    )
+    image_list_json: Strings = Field(
+        default=(), description="InternalData*: metadata file names under <root>/partition or partition_filter."
+    )
+    transform: str | None = Field(
+        default="default_train", description="Picture transform when VAE features are not loaded; 'default_train'."
+    )
+    load_vae_feat: bool = Field(
+        default=True, description="Read stored VAE mean and std (True) or decode pictures in training (False)."
+    )
+    load_t5_feat: bool = Field(default=True, description="Read stored caption embeddings (True) or encode captions.")
+    prompt: Strings = Field(default=(), description="DreamBooth: the caption of all pictures, as a list of one string.")
+
+    @model_validator(mode="after")
+    def _type_has_its_list(self) -> Self:
+        needed = {"SAM": "image_list_txt", "DreamBooth": "prompt"}.get(self.type, "image_list_json")
+        if self.type != "Store" and not getattr(self, needed):
+            raise rule_error(needed, f"must not be empty when data.type is '{self.type}'; list at least one entry")
+        return self

@@ -1,0 +1,108 @@
+"""Nested sections of a training config: optimiser, schedule, noise process, validation, resume, KV compression."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from diffusion.config.section import FloatPair, Integers, Section, Strings, rule_error
+
+OptimizerType = Literal["AdamW", "Adam", "SGD"]
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerType)
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """The optimiser, a class of torch.optim."""
+
+    type: OptimizerType = Field(default="AdamW", description="Name of the torch.optim class.")
+    lr: float = Field(default=1e-4, gt=0, description="Learning rate before auto_lr scales it.")
+    weight_decay: float = Field(
+        default=3e-2, ge=0, description="Weight decay: decoupled (AdamW), or an L2 term (Adam, SGD)."
+    )
+    eps: float = Field(default=1e-10, gt=0, description="Adam, AdamW: term added to the root of the second moment.")
+    betas: FloatPair = Field(
+        default=(0.9, 0.999), description="Adam, AdamW: decay rates of the two moments, in [0, 1)."
+    )
+    momentum: _Beta = Field(default=0.0, description="SGD: momentum in [0, 1).")
+
+    @model_validator(mode="after")
+    def _moments_below_one(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise rule_error("betas", "must lie in [0, 1); usual values are (0.9, 0.999)")
+        return self
+
+
+class AutoLrConfig(Section):
+    """Scaling of the learning rate with the batch: reference batch 256."""
+
+    rule: Literal["sqrt", "linear"] = Field(
+        default="sqrt", description="lr is multiplied by sqrt(global batch / 256), or by global batch / 256."
+    )
+
+
+class LrScheduleArgs(Section):
+    """Arguments of lr_schedule."""
+
+    num_warmup_steps: int = Field(
+        default=500, ge=0, description="Optimiser steps over which the learning rate rises linearly from 0."
+    )
+
+
+class ProcessConfig(Section):
+    """The noise process and the loss weight per timestep."""
+
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = Field(
+        default="linear", description="Beta schedule; all published PixArt models use 'linear'."
+    )
+    min_snr_gamma: float | None = Field(
+        default=None, gt=0, description="Cap of the min-SNR loss weight (usually 5); None = no weighting."
+    )
+
+
+class ValidationConfig(Section):
+    """Validation: loss on fixed noise and timesteps of held-out samples, and a grid of fixed prompts."""
+
+    every_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="Optimiser steps between validations; None = eval_sampling_steps when pipeline_load_from is set, "
+        "otherwise no validation.",
+    )
+    at_start: bool = Field(default=True, description="Validate before the first step too (when validation is on).")
+    split: str = Field(default="heldout", description="Split of a Store data set for the validation loss.")
+    num_samples: int = Field(default=64, ge=0, description="Samples in the validation loss; 0 = no validation loss.")
+    prompts: Strings = Field(default=(), description="Captions of the grid; none and no prompt_file = no grid.")
+    prompt_file: str | None = Field(default=None, description="Text file with one caption a line, instead of prompts.")
+    num_inference_steps: int = Field(default=20, gt=0, description="Solver steps of the grid pictures.")
+    guidance_scale: float = Field(default=4.5, ge=1, description="Classifier-free guidance of the grid; 1 = none.")
+    seed: int = Field(default=0, ge=0, description="Seed of the noise and timesteps of validation.")
+
+    @model_validator(mode="after")
+    def _one_source_of_prompts(self) -> Self:
+        if self.prompts and self.prompt_file is not None:
+            raise rule_error("prompt_file", "cannot be combined with validation.prompts; set one of the two to None/[]")
+        return self
+
+
+class ResumeConfig(Section):
+    """What to continue from."""
+
+    checkpoint: str | None = Field(
+        default=None, description="Checkpoint folder, or 'latest' of the work_dir; None = start a new run."
+    )
+    load_ema: bool = Field(default=False, description="Start the trained weights from the checkpoint's EMA weights.")
+    resume_optimizer: bool = Field(default=True, description="Restore the optimiser's moments.")
+    resume_lr_scheduler: bool = Field(default=True, description="Restore the position in the learning-rate schedule.")
+
+
+class KvCompressConfig(Section):
+    """Key/value compression of PixArt-Sigma's self-attention."""
+
+    sampling: Literal["conv", "ave", "uniform", "uniform_every"] | None = Field(
+        default=None, description="How keys and values are downsampled on the token grid; None = not at all."
+    )
+    scale_factor: int = Field(default=1, ge=1, description="Downsampling factor along each axis of the grid.")
+    kv_compress_layer: Integers = Field(default=(), description="Indices of the blocks that compress.")
