@@ -1,0 +1,16 @@
+"""Networks as plain modules, and the one registry that finds them by name."""
+
+from diffusion.models.attention import KVCompression
+from diffusion.models.pixart import PixArt, PixArtConfig, PixArtMS
+from diffusion.models.registry import PixArt_XL_2, PixArtMS_XL_2, build_model, model_names
+
+__all__ = [
+    "KVCompression",
+    "PixArt",
+    "PixArtConfig",
+    "PixArtMS",
+    "PixArtMS_XL_2",
+    "PixArt_XL_2",
+    "build_model",
+    "model_names",
+]

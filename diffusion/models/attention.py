@@ -1,0 +1,103 @@
+"""Self- and cross-attention over torch's SDPA. Legend: B batch, N image tokens, L text tokens, D width, H heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+SAMPLINGS = ("conv", "ave", "uniform")
+
+
+@dataclass(frozen=True)
+class KVCompression:
+    """Key/value token compression of PixArt-Sigma (Sec. 3.2).
+
+    Args:
+        sampling: "conv" (depthwise, learned), "ave" (nearest pixel; the original's name for it) or "uniform" (stride).
+        scale_factor: r, compression a side; 1 leaves the tokens alone.
+        layers: indices of the blocks that compress.
+    """
+
+    sampling: str = "conv"
+    scale_factor: int = 1
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"kv_compress sampling={self.sampling!r} is unknown; choose one of {', '.join(SAMPLINGS)}")
+        if self.scale_factor < 1:
+            raise ValueError(f"kv_compress scale_factor={self.scale_factor} must be at least 1")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with a fused qkv projection.
+
+    Options of PixArt-Sigma: LayerNorm on q and k over the full width, before the head split; compression of the
+    key/value grid by r a side, after the norm.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool = False, sampling: str = "conv", sr_ratio: int = 1
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.sampling, self.sr_ratio = sampling, sr_ratio
+        self.fp32 = False  # see PixArt.use_fp32_attention
+        if sr_ratio > 1 and sampling == "conv":
+            self.sr = nn.Conv2d(width, width, kernel_size=sr_ratio, stride=sr_ratio, groups=width)
+            self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """tokens (B, N, D) of a grid of rows x cols tokens -> (B, N, D)."""
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.sr_ratio > 1:
+            k, v = self._compress(k, grid), self._compress(v, grid)  # (B, N / r^2, D)
+        dtype = torch.float32 if self.fp32 else v.dtype
+        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.num_heads).to(dtype) for part in (q, k, v))
+        with torch.autocast(tokens.device.type, enabled=False):  # q, k, v have the precision that was asked for
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(attended, "b h n c -> b n (h c)").to(tokens.dtype if self.fp32 else dtype))
+
+    def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        rows, cols = grid
+        r = self.sr_ratio
+        image = rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=cols)
+        if self.sampling == "conv":
+            return self.norm(rearrange(self.sr(image), "b d h w -> b (h w) d"))
+        if self.sampling == "ave":
+            image = F.interpolate(image, scale_factor=1 / r, mode="nearest")
+        else:
+            image = image[:, :, ::r, ::r]
+        return rearrange(image, "b d h w -> b (h w) d")
+
+
+class CrossAttention(nn.Module):
+    """Image tokens attend to caption tokens; padding is never attended."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, caption: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L) bool, True = keep -> (B, N, D)."""
+        q = rearrange(self.q_linear(tokens), "b n (h c) -> b h n c", h=self.num_heads)
+        k, v = rearrange(self.kv_linear(caption), "b l (two h c) -> two b h l c", two=2, h=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return self.proj(rearrange(attended, "b h n c -> b n (h c)"))
+
+
+def expand_caption_mask(caption_mask: Tensor | None) -> Tensor | None:
+    """(B, L) bool, True = keep, to the (B, 1, 1, L) that SDPA broadcasts over heads and queries."""
+    return None if caption_mask is None else caption_mask.to(torch.bool)[:, None, None, :]

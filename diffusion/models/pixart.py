@@ -1,0 +1,279 @@
+"""PixArt: a Diffusion Transformer conditioned on T5 captions (PixArt-alpha, arXiv:2310.00426; Sigma, arXiv:2403.04692).
+
+Legend: B batch, C latent channels, h x w latent size, N image tokens, L text tokens, D width.
+State-dict keys and shapes are the original's, so official weight files load without renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
+from diffusion.models.embeddings import (
+    ApproxGelu,
+    CaptionEmbedder,
+    PatchEmbedder,
+    ScalarEmbedder,
+    SizeEmbedder,
+    sincos_position_embedding,
+)
+from diffusion.models.initialization import initialize_weights
+
+
+@dataclass(frozen=True)
+class PixArtConfig:
+    """Everything that rebuilds a network.
+
+    Args:
+        input_size: latent side at the training size (pixels / 8).
+        patch_size: latent pixels a token side.
+        in_channels: latent channels.
+        hidden_size: D; divisible by num_heads, and by 4 for the position embedding.
+        depth, num_heads, mlp_ratio: shape of the blocks.
+        pred_sigma: predict the variance too; the output then has twice the latent channels.
+        drop_path: rate of stochastic depth at the last block, rising linearly from 0.
+        caption_channels: width of the text encoder's states.
+        pe_interpolation: stretch of the position coordinates (alpha: lewei_scale).
+        model_max_length: tokens of the stored null caption.
+        micro_condition: embed picture size and aspect ratio (alpha 1024; needs D divisible by 3).
+        qk_norm, kv_compress: options of PixArt-Sigma.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    pred_sigma: bool = True
+    drop_path: float = 0.0
+    caption_channels: int = 4096
+    pe_interpolation: float = 1.0
+    model_max_length: int = 120
+    micro_condition: bool = False
+    qk_norm: bool = False
+    kv_compress: KVCompression | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kv_compress, Mapping):
+            object.__setattr__(self, "kv_compress", KVCompression(**self.kv_compress))
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads} and by 4")
+        if self.micro_condition and self.hidden_size % 3:
+            raise ValueError(f"hidden_size={self.hidden_size} must be divisible by 3 for micro_condition=True")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size={self.input_size} must be divisible by patch_size={self.patch_size}")
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+    @property
+    def base_size(self) -> int:
+        """Tokens a side at the training size."""
+        return self.input_size // self.patch_size
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part: tokens (B, N, D), shift and scale (B, 1, D)."""
+    return tokens * (1 + scale) + shift
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, caption cross-attention and MLP under a shared timestep signal.
+
+    adaLN-single (PixArt-alpha, Sec. 2.3): the modulation is computed once a step for all blocks; a block owns only
+    a table of offsets. Cross-attention is neither normalised nor modulated.
+    """
+
+    def __init__(self, config: PixArtConfig, index: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        compress = config.kv_compress
+        compresses = compress is not None and index in compress.layers
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(
+            width,
+            config.num_heads,
+            qk_norm=config.qk_norm,
+            sampling=compress.sampling if compress else "conv",
+            sr_ratio=compress.scale_factor if compress and compresses else 1,
+        )
+        self.cross_attn = CrossAttention(width, config.num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, hidden_features=int(width * config.mlp_ratio), act_layer=ApproxGelu)
+        rate = config.drop_path * index / max(config.depth - 1, 1)
+        self.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self, tokens: Tensor, caption: Tensor, attention_mask: Tensor | None, modulation: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L), modulation (B, 6 * D) -> (B, N, D)."""
+        table = self.scale_shift_table + modulation.unflatten(1, (6, -1))  # (B, 6, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(2).unbind(1)  # each (B, 1, D)
+        attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), grid)
+        tokens = tokens + self.drop_path(gate1 * attended)
+        tokens = tokens + self.cross_attn(tokens, caption, attention_mask)
+        return tokens + self.drop_path(gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation by the timestep embedding itself, and projection to patches."""
+
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        """tokens (B, N, D), conditioning (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        shift, scale = (self.scale_shift_table + conditioning[:, None]).chunk(2, dim=1)  # each (B, 1, D)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+
+
+@lru_cache(maxsize=128)
+def _position_embedding(
+    width: int, grid: tuple[int, int], base_size: int, scale: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False):
+        return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
+
+
+class PixArt(nn.Module):
+    """The network: noisy latents, timestep and caption in, noise (and variance) prediction out.
+
+    Keyword arguments are those of `PixArtConfig`. A fresh model predicts exactly zero.
+
+    Raises:
+        ValueError: sizes that do not divide, see `PixArtConfig`.
+    """
+
+    default_overrides: ClassVar[dict[str, Any]] = {}
+    pos_embed: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = config = PixArtConfig(**{**self.default_overrides, **kwargs})
+        width = config.hidden_size
+        self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, width)
+        self.register_buffer("pos_embed", self.position_embedding())
+        self.t_embedder = ScalarEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.model_max_length)
+        if config.micro_condition:
+            self.csize_embedder = SizeEmbedder(width // 3)
+            self.ar_embedder = SizeEmbedder(width // 3)
+        self.blocks = nn.ModuleList(PixArtBlock(config, index) for index in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.checkpoint_every = 0
+        initialize_weights(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_embedder.proj.weight.device
+
+    def position_embedding(self) -> Tensor:
+        """The table of the training size, (1, base_size^2, D): the `pos_embed` buffer of official files."""
+        return self._sincos((self.config.base_size, self.config.base_size)).clone()
+
+    def enable_gradient_checkpointing(self, every: int = 1) -> None:
+        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 = off."""
+        self.checkpoint_every = every
+
+    def use_fp32_attention(self, enabled: bool = True) -> None:
+        """Compute self-attention in float32 under mixed precision, as the original's training configs ask."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.fp32 = enabled
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        caption_embeds: Tensor,
+        caption_mask: Tensor | None = None,
+        *,
+        img_hw: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise (first C channels) and, with pred_sigma, the variance interpolation (last C).
+
+        Args:
+            latents: (B, C, h, w), scaled; h and w divisible by patch_size.
+            timesteps: (B,) in [0, 1000), integer or fractional.
+            caption_embeds: (B, L, caption_channels) of the text encoder.
+            caption_mask: (B, L), True (or 1) = keep; None = every token. At least one token a caption.
+            img_hw: (B, 2) picture height and width in pixels; needed by, and only by, micro_condition.
+            aspect_ratio: (B,) height / width; likewise.
+        Returns:
+            (B, out_channels, h, w).
+        Raises:
+            ValueError: sizes that do not divide, or size conditions missing or unexpected.
+        """
+        rows, cols = self._token_grid(latents)
+        tokens = self.x_embedder(latents.to(self.dtype)) + self._sincos((rows, cols))  # (B, N, D)
+        conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)  # (B, D)
+        modulation = self.t_block(conditioning)  # (B, 6 * D): adaLN-single, once for all blocks
+        caption = self.y_embedder(caption_embeds.to(self.dtype))  # (B, L, D)
+        attention_mask = expand_caption_mask(caption_mask)
+        for index, block in enumerate(self.blocks):
+            arguments = (tokens, caption, attention_mask, modulation, (rows, cols))
+            if self.checkpoint_every and self.training and index % self.checkpoint_every == 0:
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+        patches = self.final_layer(tokens, conditioning)  # (B, N, p * p * C_out)
+        p = self.config.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int]:
+        height, width = latents.shape[-2:]
+        p = self.config.patch_size
+        if height % p or width % p:
+            raise ValueError(f"latents of {height}x{width} do not divide into patches of {p}x{p}")
+        return height // p, width // p
+
+    def _sincos(self, grid: tuple[int, int]) -> Tensor:
+        config = self.config
+        device, dtype = self.device, self.dtype
+        if device.type == "meta":
+            return torch.empty(1, grid[0] * grid[1], config.hidden_size, device=device, dtype=dtype)
+        return _position_embedding(config.hidden_size, grid, config.base_size, config.pe_interpolation, device, dtype)
+
+    def _conditioning(self, timesteps: Tensor, img_hw: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
+        conditioning = self.t_embedder(timesteps)
+        if not self.config.micro_condition:
+            if img_hw is not None or aspect_ratio is not None:
+                raise ValueError("this model has micro_condition=False and takes no img_hw or aspect_ratio")
+            return conditioning
+        if img_hw is None or aspect_ratio is None:
+            raise ValueError("this model has micro_condition=True and needs img_hw (B, 2) and aspect_ratio (B,)")
+        size = self.csize_embedder(img_hw)  # (B, 2 * D / 3)
+        ratio = self.ar_embedder(aspect_ratio.reshape(-1, 1))  # (B, D / 3)
+        return conditioning + torch.cat([size, ratio], dim=1)
+
+
+class PixArtMS(PixArt):
+    """PixArt for many sizes: size and ratio conditions are on unless micro_condition=False (Sigma)."""
+
+    default_overrides: ClassVar[dict[str, Any]] = {"micro_condition": True}
+
+
+CONFIG_FIELDS = frozenset(field.name for field in fields(PixArtConfig))
