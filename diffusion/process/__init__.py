@@ -1,0 +1,16 @@
+"""The noise process as pure tensor functions, and random draws as pure functions of the sample number."""
+
+from diffusion.process.gaussian import IDDPM, GaussianProcess
+from diffusion.process.randomness import keyed_integer, keyed_normal, keyed_uniform
+from diffusion.process.schedules import NOISE_SCHEDULES, make_betas, spaced_timesteps
+
+__all__ = [
+    "IDDPM",
+    "NOISE_SCHEDULES",
+    "GaussianProcess",
+    "keyed_integer",
+    "keyed_normal",
+    "keyed_uniform",
+    "make_betas",
+    "spaced_timesteps",
+]
