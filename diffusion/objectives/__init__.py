@@ -1,0 +1,24 @@
+"""What one training step minimises."""
+
+from diffusion.objectives.captions import NULL_CAPTIONS, drop_captions
+from diffusion.objectives.denoising import (
+    DenoisingObjective,
+    LatentBatch,
+    LossOutput,
+    Objective,
+    noise_mse,
+    sample_posterior,
+    variance_bound,
+)
+
+__all__ = [
+    "NULL_CAPTIONS",
+    "DenoisingObjective",
+    "LatentBatch",
+    "LossOutput",
+    "Objective",
+    "drop_captions",
+    "noise_mse",
+    "sample_posterior",
+    "variance_bound",
+]

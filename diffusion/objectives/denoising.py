@@ -1,0 +1,167 @@
+"""What one step of base training minimises: predict the noise, and the variance through the variational bound.
+
+L_simple: DDPM Eq. 14 (arXiv:2006.11239). L_vlb on the variance alone, learned range: Improved DDPM Sec. 3.1
+(arXiv:2102.09672). Min-SNR weights: arXiv:2303.09556, Sec. 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.objectives.captions import drop_captions
+from diffusion.process import GaussianProcess, keyed_normal, keyed_uniform
+from diffusion.process.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
+
+
+class LatentBatch(Protocol):
+    """Features of B samples, as `diffusion.data.TrainBatch` carries them."""
+
+    latents_mean: Tensor  # (B, C, h, w), unscaled posterior mean
+    latents_std: Tensor  # (B, C, h, w)
+    caption_embeds: Tensor  # (B, L, caption_channels)
+    caption_mask: Tensor  # (B, L) bool, True = keep
+    img_hw: Tensor  # (B, 2) pixels
+    aspect_ratio: Tensor  # (B,)
+    sample_numbers: Tensor  # (B,) int64, global
+
+
+@dataclass
+class LossOutput:
+    """Mean loss of a micro-batch, and detached (B,) values for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """One training family: what a step minimises. Every random draw is keyed by the batch's sample numbers."""
+
+    def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput: ...
+
+
+def noise_mse(noise_pred: Tensor, noise: Tensor, snr: Tensor, snr_cap: float | None = None) -> Tensor:
+    """Mean squared error of the predicted noise, one value a sample.
+
+    Args:
+        noise_pred, noise: (B, C, H, W); noise has unit variance, so a constant zero guess scores about 1.
+        snr: (B,) signal-to-noise ratio abar_t / (1 - abar_t); 0 is allowed.
+        snr_cap: gamma of Min-SNR, usually 5; None = no weighting. Weight: min(snr, cap) / snr.
+    Returns:
+        (B,) float32, not averaged.
+    Raises:
+        ValueError: shapes differ, or snr_cap is not positive.
+    """
+    if noise_pred.shape != noise.shape:
+        raise ValueError(
+            f"noise_pred {tuple(noise_pred.shape)} and noise {tuple(noise.shape)} must have one shape; "
+            "split off the variance channels of a pred_sigma model first"
+        )
+    if snr_cap is not None and snr_cap <= 0:
+        raise ValueError(f"snr_cap={snr_cap} must be positive; use None for no weighting")
+    loss = (noise_pred.float() - noise.float()).square().flatten(1).mean(1)  # float32: bf16 would round the sum
+    return loss if snr_cap is None else loss * (snr_cap / snr).clamp(max=1)  # this form is finite at snr = 0
+
+
+def variance_bound(
+    process: GaussianProcess, noise_pred: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Variational bound of the learned variance, bits a dimension, one value a sample.
+
+    The mean is taken from the detached noise prediction, so this term teaches the variance alone. At t = 0 the
+    bound is the likelihood of x_0 in bins of half-width 1/255, elsewhere KL(q || p).
+
+    Args:
+        noise_pred, v, x0, x_t: (B, C, H, W); timesteps: (B,) indices.
+    Returns:
+        (B,) float32.
+    """
+    output = torch.cat([noise_pred.detach(), v], dim=1).float()
+    mean, log_variance, _ = process.p_mean_log_variance(output, x_t, timesteps)
+    true_mean, _, true_log_variance = process.q_posterior(x0, x_t, timesteps)
+    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance, bin_half_width=1 / 255)
+    first = (timesteps == 0).view(-1, 1, 1, 1)
+    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2.0)
+
+
+def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
+    """Draw from the VAE's posterior; noise None = its mode. All (B, C, h, w), unscaled."""
+    return mean if noise is None else mean + std * noise
+
+
+@dataclass
+class DenoisingObjective:
+    """Noise prediction with learned-range variance on precomputed features.
+
+    Args:
+        process: the full noise process.
+        scale_factor: latents are multiplied by it (0.18215 for SD's VAE).
+        class_dropout_prob: probability that a caption is replaced by the null caption.
+        null_embeds: (L0, C) T5("") for the "t5_empty" convention; None = the model's stored null embedding.
+        sample_latents: draw from the VAE posterior (True) or take its mode.
+        min_snr_gamma: see `noise_mse`.
+    """
+
+    process: GaussianProcess
+    scale_factor: float
+    class_dropout_prob: float = 0.1
+    null_embeds: Tensor | None = None
+    sample_latents: bool = True
+    min_snr_gamma: float | None = None
+
+    def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput:
+        """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
+        numbers = batch.sample_numbers
+        shape = batch.latents_mean.shape[1:]
+        posterior_noise = keyed_normal(seed, "posterior", numbers, shape) if self.sample_latents else None
+        latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
+        timesteps = (keyed_uniform(seed, "timestep", numbers) * self.process.num_timesteps).long()
+        noise = keyed_normal(seed, "noise", numbers, shape)
+        drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
+        embeds, mask = self.drop_captions(model, batch, drop)
+        return self.terms(lambda x_t, t: predict(model, x_t, t, embeds, mask, batch), latents, timesteps, noise)
+
+    def terms(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> LossOutput:
+        """Loss of given draws; denoise(x_t, original timesteps) -> (B, C or 2C, h, w)."""
+        process, channels = self.process, latents.shape[1]
+        noisy = process.q_sample(latents, timesteps, noise)
+        output = denoise(noisy, process.original_timesteps(timesteps))
+        mse = noise_mse(output[:, :channels], noise, process.snr(timesteps), self.min_snr_gamma)
+        metrics = {"mse": mse.detach()}
+        loss = mse
+        if output.shape[1] == 2 * channels:
+            noise_pred, v = output.float().chunk(2, dim=1)
+            vb = variance_bound(process, noise_pred, v, latents, noisy, timesteps)
+            metrics["vb"] = vb.detach()
+            loss = mse + vb
+        return LossOutput(loss.mean(), metrics)
+
+    def drop_captions(self, model: nn.Module, batch: LatentBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
+        """Captions of the batch, null where drop (B,) is True."""
+        if self.null_embeds is None:
+            return drop_captions(batch.caption_embeds, batch.caption_mask, drop, unwrap(model).y_embedder.y_embedding)
+        null = self.null_embeds = self.null_embeds.to(batch.caption_embeds.device)
+        null_mask = torch.ones(len(null), dtype=torch.bool, device=null.device)
+        return drop_captions(batch.caption_embeds, batch.caption_mask, drop, null, null_mask)
+
+
+def predict(
+    model: nn.Module, noisy: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor, batch: LatentBatch
+) -> Tensor:
+    """Run the network, with size conditions if it takes them."""
+    config = unwrap(model).config
+    sizes = {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio} if config.micro_condition else {}
+    return model(noisy, timesteps, embeds, mask, **sizes)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The network inside torch's distributed wrapper, if there is one."""
+    return getattr(model, "module", model)
