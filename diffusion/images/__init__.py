@@ -1,0 +1,46 @@
+"""Pictures: decoding, aspect-ratio buckets, transforms, the VAE, labelled grids."""
+
+from diffusion.images.buckets import (
+    ASPECT_RATIO_256,
+    ASPECT_RATIO_256_TEST,
+    ASPECT_RATIO_512,
+    ASPECT_RATIO_512_TEST,
+    ASPECT_RATIO_1024,
+    ASPECT_RATIO_1024_TEST,
+    ASPECT_RATIO_2048,
+    ASPECT_RATIO_2048_TEST,
+    ASPECT_RATIO_2880,
+    ASPECT_RATIO_2880_TEST,
+    aspect_ratio_table,
+    closest_bucket,
+)
+from diffusion.images.decoding import IMAGE_SUFFIXES, decode_image
+from diffusion.images.grid import labelled_grid
+from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor
+from diffusion.images.vae import decode_latents, encode_moments, load_vae, vae_folder
+
+__all__ = [
+    "ASPECT_RATIO_256",
+    "ASPECT_RATIO_256_TEST",
+    "ASPECT_RATIO_512",
+    "ASPECT_RATIO_512_TEST",
+    "ASPECT_RATIO_1024",
+    "ASPECT_RATIO_1024_TEST",
+    "ASPECT_RATIO_2048",
+    "ASPECT_RATIO_2048_TEST",
+    "ASPECT_RATIO_2880",
+    "ASPECT_RATIO_2880_TEST",
+    "IMAGE_SUFFIXES",
+    "aspect_ratio_table",
+    "closest_bucket",
+    "crop_box_for",
+    "decode_image",
+    "decode_latents",
+    "encode_moments",
+    "labelled_grid",
+    "load_vae",
+    "resize_and_crop",
+    "to_pil",
+    "to_tensor",
+    "vae_folder",
+]

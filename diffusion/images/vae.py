@@ -1,0 +1,53 @@
+"""AutoencoderKL: loading, pictures -> latent moments, latents -> pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion.errors import CheckpointError
+
+
+def vae_folder(folder: str | Path) -> Path:
+    """`folder/vae` of a diffusers pipeline, or `folder` itself when it is a VAE. Raises CheckpointError if neither."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder; give a local diffusers pipeline or AutoencoderKL folder")
+    found = root / "vae" if (root / "vae").is_dir() else root
+    if not (found / "config.json").is_file():
+        raise CheckpointError(f"{found}: no config.json of an AutoencoderKL; give a diffusers pipeline or VAE folder")
+    return found
+
+
+def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Load a diffusers AutoencoderKL (eval mode, frozen) from local files. Raises CheckpointError."""
+    from diffusers import AutoencoderKL
+
+    found = vae_folder(folder)
+    try:
+        vae = AutoencoderKL.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{found}: the VAE cannot be loaded ({reason})") from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the posterior, (B, C, H/8, W/8) float32 each.
+
+    Unscaled: multiply a sample by `vae.config.scaling_factor` before it enters the model.
+    """
+    posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents_scaled: Tensor) -> Tensor:
+    """(B, C, h, w) latents as the model makes them (scaled) -> (B, 3, 8h, 8w) float32 pixels, about [-1, 1]."""
+    latents = latents_scaled.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
+    return vae.decode(latents).sample.float()

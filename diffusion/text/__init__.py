@@ -1,0 +1,6 @@
+"""Captions: cleaning and T5 encoding."""
+
+from diffusion.text.cleaning import CLEANER_VERSION, MAX_CAPTION_CHARS, clean_caption
+from diffusion.text.encoder import CaptionEncoder, text_folders
+
+__all__ = ["CLEANER_VERSION", "MAX_CAPTION_CHARS", "CaptionEncoder", "clean_caption", "text_folders"]

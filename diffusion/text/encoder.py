@@ -1,0 +1,143 @@
+"""T5 caption encoder. Legend: B captions, L tokens, C text width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion.errors import CheckpointError
+
+
+class CaptionEncoder:
+    """Tokenizer and T5 encoder as one function from captions to embeddings.
+
+    The encoder runs under its attention mask, so the padding of a batch never changes a caption's embedding (beyond
+    rounding). Captions are taken as they are: clean them first with `clean_caption`.
+
+    `num_truncated` counts the captions that were cut at `max_length` tokens since the encoder was made.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, *, max_length: int = 120) -> None:
+        """`tokenizer`: a fast transformers tokenizer; `model`: T5EncoderModel; `max_length`: tokens with `</s>`."""
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1")
+        if len(tokenizer) > model.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} pieces but the text encoder only {model.config.vocab_size} "
+                "embeddings; take both from the same pipeline folder"
+            )
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.max_length = max_length
+        self.num_truncated = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_length: int = 120,
+    ) -> CaptionEncoder:
+        """Load from a diffusers pipeline folder (`tokenizer/` and `text_encoder/`) or from a plain T5 folder.
+
+        Only local files are read. Raises CheckpointError when a part is missing or unreadable.
+        """
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        tokenizer_folder, encoder_folder = text_folders(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+            loaded: Any = T5EncoderModel.from_pretrained(
+                str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True
+            )
+            model, loading = loaded
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{folder}: the T5 tokenizer or text encoder cannot be loaded ({reason})") from error
+        if loading["missing_keys"]:
+            # transformers would go on with random weights in their place.
+            missing = sorted(loading["missing_keys"])
+            raise CheckpointError(f"{encoder_folder}: {len(missing)} weights are missing, the first {missing[0]!r}")
+        return cls(tokenizer, model.to(device), max_length=max_length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of the embeddings."""
+        return self.model.config.d_model
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode captions -> (embeds (B, L, C), mask (B, L) bool, True = keep), L the longest of the batch.
+
+        `encode([""])` is the null caption: `</s>` alone. Both results lie on the encoder's device.
+        Raises ValueError for an empty list.
+        """
+        if len(captions) == 0:
+            raise ValueError("encode needs at least one caption")
+        return self._run(self._tokenize(captions))
+
+    def encode_unpadded(self, captions: Sequence[str], batch_size: int = 32) -> list[Tensor]:
+        """Encode captions of any number -> one (L_i, C) tensor each, on the CPU, in the order given.
+
+        They run in batches of `batch_size` captions of similar length, so little work goes into padding.
+        """
+        token_ids = self._tokenize(captions) if len(captions) > 0 else []
+        order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
+        results: list[Tensor] = [torch.empty(0)] * len(token_ids)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            embeds = self._run([token_ids[index] for index in indices])[0].cpu()
+            for row, index in enumerate(indices):
+                results[index] = embeds[row, : len(token_ids[index])].clone()
+        return results
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        if isinstance(captions, str):
+            raise ValueError("captions must be a list of strings, not one string")
+        batch = self.tokenizer(list(captions), truncation=True, max_length=self.max_length, add_special_tokens=True)
+        self.num_truncated += sum(1 for encoding in batch.encodings if encoding.overflowing)
+        return batch["input_ids"]
+
+    @torch.no_grad()
+    def _run(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        length = max(len(ids) for ids in token_ids)
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (length - len(row)) for row in token_ids], device=self.device)
+        lengths = torch.tensor([len(row) for row in token_ids], device=self.device)
+        mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
+        embeds = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, C)
+        return embeds.to(self.dtype), mask
+
+
+def text_folders(folder: str | Path) -> tuple[Path, Path]:
+    """The (tokenizer, text encoder) folders inside a pipeline folder; both `folder` itself for a plain T5 folder.
+
+    Raises CheckpointError naming the missing path.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root}: no such folder; give a local diffusers pipeline folder "
+            f"(get one with `hf download ID --local-dir {root}`)"
+        )
+    if (root / "text_encoder").is_dir():
+        if not (root / "tokenizer").is_dir():
+            raise CheckpointError(f"{root / 'tokenizer'}: missing beside text_encoder; copy the tokenizer there")
+        return root / "tokenizer", root / "text_encoder"
+    if not (root / "config.json").is_file():
+        raise CheckpointError(f"{root}: holds neither text_encoder/ nor config.json; give a pipeline or T5 folder")
+    return root, root
