@@ -1,0 +1,90 @@
+"""One sample, one batch: what data sets return and what objectives read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from diffusion.errors import DataError
+
+
+@dataclass
+class TrainSample:
+    """Features of one sample.
+
+    Args:
+        latents_mean, latents_std: (C, h, w), unscaled.
+        caption_embeds: (L, caption_channels), without padding.
+        img_hw: height and width of the picture in px (what the size condition embeds).
+        aspect_ratio: height / width (what the ratio condition embeds).
+        number: the sample's number in the run.
+        key: name for logs.
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+    caption_embeds: Tensor
+    img_hw: tuple[float, float]
+    aspect_ratio: float
+    number: int
+    key: str
+
+
+@dataclass
+class TrainBatch:
+    """B samples of one bucket; captions keep the dtype they are stored in.
+
+    latents_mean, latents_std (B, C, h, w) float32; caption_embeds (B, L, caption_channels), L the longest;
+    caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64.
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+    caption_embeds: Tensor
+    caption_mask: Tensor
+    img_hw: Tensor
+    aspect_ratio: Tensor
+    sample_numbers: Tensor
+    keys: list[str]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainBatch:
+        """The batch on a device; from pinned memory the copy is asynchronous."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TrainBatch:
+        """The batch in page-locked memory (called by the loader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+
+def collate(samples: Sequence[TrainSample]) -> TrainBatch:
+    """Stack samples of one bucket; captions are padded to the longest.
+
+    Raises:
+        DataError: latents of different sizes.
+    """
+    shapes = {tuple(sample.latents_mean.shape) for sample in samples}
+    if len(shapes) != 1:
+        named = ", ".join(f"{sample.key} {tuple(sample.latents_mean.shape)}" for sample in samples[:8])
+        raise DataError(f"a batch mixes latents of different sizes: {named}; set multi_scale=True or extract again")
+    lengths = torch.tensor([len(sample.caption_embeds) for sample in samples])
+    embeds = pad_sequence([sample.caption_embeds for sample in samples], batch_first=True)
+    return TrainBatch(
+        latents_mean=torch.stack([sample.latents_mean for sample in samples]).float(),
+        latents_std=torch.stack([sample.latents_std for sample in samples]).float(),
+        caption_embeds=embeds,
+        caption_mask=torch.arange(embeds.shape[1]) < lengths[:, None],
+        img_hw=torch.tensor([sample.img_hw for sample in samples], dtype=torch.float32),
+        aspect_ratio=torch.tensor([sample.aspect_ratio for sample in samples], dtype=torch.float32),
+        sample_numbers=torch.tensor([sample.number for sample in samples]),
+        keys=[sample.key for sample in samples],
+    )

@@ -1,0 +1,72 @@
+"""From a config's data section to a data set and a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from diffusion.data.batch import collate
+from diffusion.data.original_datasets import OriginalLayout, internal_dataset, internal_ms_dataset, sam_dataset
+from diffusion.data.sampler import SampleKey
+from diffusion.data.store_dataset import StoreDataset
+from diffusion.errors import ConfigError
+
+
+def build_dataset(
+    data: Mapping[str, Any],
+    *,
+    image_size: int,
+    aspect_ratio_type: str | None,
+    model_max_length: int,
+    seed: int,
+    data_root: str | Path,
+) -> StoreDataset | OriginalLayout:
+    """The data set that a config's `data` section names; a relative root lies below `data_root`.
+
+    Raises:
+        ConfigError: a type whose training is not offered, or a missing bucket table.
+        DataError: missing or damaged data.
+    """
+    kind = data["type"]
+    root = _spelled(Path(data_root) / data["root"])
+    if kind == "Store":
+        return StoreDataset(root, split=data.get("split"), seed=seed)
+    if not (data["load_vae_feat"] and data["load_t5_feat"]):
+        raise ConfigError(f"data.type={kind!r} needs load_vae_feat=True and load_t5_feat=True: extract features first")
+    if kind == "SAM":
+        return sam_dataset(root, data["image_list_txt"], image_size, model_max_length)
+    if kind == "InternalData":
+        return internal_dataset(root, data["image_list_json"], image_size, model_max_length)
+    if kind == "InternalDataMS":
+        if aspect_ratio_type is None:
+            raise ConfigError("data.type='InternalDataMS' needs multi_scale=True and aspect_ratio_type")
+        return internal_ms_dataset(root, data["image_list_json"], image_size, aspect_ratio_type, model_max_length)
+    raise ConfigError(f"data.type={kind!r} is not read by this program; use Store, SAM, InternalData or InternalDataMS")
+
+
+def _spelled(root: Path) -> Path:
+    """The root as given or, when that does not exist, in the other of the original's two spellings."""
+    text = root.as_posix()
+    other = Path(
+        text.replace("InternalData", "InternData")
+        if "InternalData" in text
+        else text.replace("InternData", "InternalData")
+    )
+    return other if not root.exists() and other.exists() else root
+
+
+def build_loader(
+    dataset: Any, sampler: Iterable[list[SampleKey]], num_workers: int, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """A loader of `TrainBatch`es in the sampler's order; workers live as long as the loader."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

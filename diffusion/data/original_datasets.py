@@ -1,0 +1,181 @@
+"""The original's folder layouts with their feature files: SAM, InternalData, InternalDataMS.
+
+Nothing is replaced silently: a missing or damaged feature file is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion.data.batch import TrainSample
+from diffusion.data.sampler import SampleKey
+from diffusion.errors import DataError
+from diffusion.features import read_caption_npz, read_latents_npy
+from diffusion.images import aspect_ratio_table, closest_bucket
+
+_LOG = logging.getLogger(__name__)
+
+# The original kept pictures with height / width up to 4; the same bound holds for wide ones.
+MAX_RATIO = 4.0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: str
+    caption: Path
+    latents: Path
+    image_hw: tuple[float, float]
+    aspect_ratio: float
+    bucket: tuple[int, int]
+
+
+class OriginalLayout:
+    """Samples that are pairs of a caption `.npz` and a latent `.npy`."""
+
+    def __init__(self, entries: Sequence[_Entry], root: Path, model_max_length: int) -> None:
+        if not entries:
+            raise DataError(f"{root}: no samples; check the partition files and the ratio limit of {MAX_RATIO:g}")
+        missing = [path for entry in entries for path in (entry.caption, entry.latents) if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"{missing[0]} does not exist ({len(missing)} feature files are missing); extract them first"
+            )
+        self.entries, self.root, self.model_max_length = list(entries), root, model_max_length
+        self.buckets = [entry.bucket for entry in self.entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def attribute(self, name: str) -> list[str]:
+        raise DataError(f"{self.root}: this layout has no attribute {name!r}; balance_by needs a Store")
+
+    def __getitem__(self, key: SampleKey) -> TrainSample:
+        entry = self.entries[key.index]
+        mean, std = read_latents_npy(entry.latents)
+        expected = (entry.bucket[0] // 8, entry.bucket[1] // 8)
+        if tuple(mean.shape[1:]) != expected:
+            raise DataError(f"{entry.latents} holds latents of {tuple(mean.shape[1:])}, its bucket needs {expected}")
+        embeds = read_caption_npz(entry.caption, self.model_max_length)
+        return TrainSample(mean, std, embeds, entry.image_hw, entry.aspect_ratio, key.number, entry.key)
+
+
+def sam_dataset(root: Path, image_list_txt: Sequence[str], image_size: int, model_max_length: int) -> OriginalLayout:
+    """SA1B layout: partition/*.txt name pictures; features in caption_feature_wmask and img_vae_feature."""
+    entries = []
+    for name in _lines(root, image_list_txt):
+        entries.append(
+            _Entry(
+                key=name,
+                caption=root / "caption_feature_wmask" / f"{name}.npz",
+                latents=root / "img_vae_feature" / f"train_vae_{image_size}" / "noflip" / f"{name}.npy",
+                image_hw=(float(image_size), float(image_size)),
+                aspect_ratio=1.0,
+                bucket=(image_size, image_size),
+            )
+        )
+    return OriginalLayout(entries, root, model_max_length)
+
+
+def internal_dataset(
+    root: Path, image_list_json: Sequence[str], image_size: int, model_max_length: int
+) -> OriginalLayout:
+    """InternalData: square pictures listed in partition/*.json."""
+    latents = _existing(root, f"img_vae_features_{image_size}resolution/noflip")
+    captions = _existing(root, "caption_feature_wmask", "caption_features")
+    entries = []
+    for item in _items(root, image_list_json, ("partition", "")):
+        stem = _feature_stem(item["path"])
+        size = (float(image_size), float(image_size))
+        entries.append(
+            _Entry(item["path"], captions / f"{stem}.npz", latents / f"{stem}.npy", size, 1.0, (image_size, image_size))
+        )
+    return OriginalLayout(entries, root, model_max_length)
+
+
+def internal_ms_dataset(
+    root: Path, image_list_json: Sequence[str], image_size: int, table_name: str, model_max_length: int
+) -> OriginalLayout:
+    """InternalDataMS: pictures of many sizes in aspect-ratio buckets, listed in partition_filter/*.json."""
+    latents = _existing(
+        root, f"img_vae_fatures_{image_size}_multiscale/ms", f"img_vae_features_{image_size}_multiscale/ms"
+    )
+    captions = _existing(root, "caption_feature_wmask", "caption_features")
+    table = aspect_ratio_table(table_name)
+    entries = []
+    for item in _items(root, image_list_json, ("partition_filter", "partition", "")):
+        stem = _feature_stem(item["path"])
+        ratio = closest_bucket(item["height"], item["width"], table)
+        size = (float(item["height"]), float(item["width"]))
+        entries.append(
+            _Entry(item["path"], captions / f"{stem}.npz", latents / f"{stem}.npy", size, float(ratio), table[ratio])
+        )
+    return OriginalLayout(entries, root, model_max_length)
+
+
+def _feature_stem(path: str) -> str:
+    """dir/file.png -> dir_file: as in the original, the last slash becomes an underscore."""
+    return "_".join(Path(path).with_suffix("").as_posix().rsplit("/", 1))
+
+
+def _existing(root: Path, *names: str) -> Path:
+    """The first of several folder names that exists; the original's own spellings come first."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(f"{root / names[0]} does not exist; extract the features first")
+
+
+def _find(root: Path, name: str, folders: Sequence[str]) -> Path:
+    for folder in folders:
+        if (root / folder / name).is_file():
+            return root / folder / name
+    raise DataError(f"{root / folders[0] / name} does not exist; check data.root and the list of partition files")
+
+
+def _lines(root: Path, names: Sequence[str]) -> list[str]:
+    files = [_find(root, name, ("partition", "")) for name in names]
+    return [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _items(root: Path, names: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]]:
+    items, num_filtered = [], 0
+    for name in names:
+        path = _find(root, name, folders)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error})") from error
+        if not isinstance(content, list):
+            raise DataError(f"{path} is not a list of objects with path, height, width and prompt")
+        for number, item in enumerate(content):
+            problem = _problem(item)
+            if problem:
+                raise DataError(f"{path} item {number}: {problem}")
+            if 1 / MAX_RATIO <= item["height"] / item["width"] <= MAX_RATIO:
+                items.append(item)
+            else:
+                num_filtered += 1
+    if num_filtered:
+        _LOG.warning(
+            "%s: %d of %d pictures left out: height / width outside 1/4..4",
+            root,
+            num_filtered,
+            len(items) + num_filtered,
+        )
+    return items
+
+
+def _problem(item: Any) -> str | None:
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+        return "has no path"
+    if Path(item["path"]).is_absolute() or ".." in Path(item["path"]).parts:
+        return f"path {item['path']!r} leaves the data root"
+    sizes = (item.get("height"), item.get("width"))
+    if not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
+        return f"height and width {sizes} must be positive numbers"
+    return None

@@ -1,0 +1,54 @@
+"""Feature files of the original's layouts: captions as `.npz`, VAE moments as `.npy`."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.errors import DataError
+
+
+def read_caption_npz(path: Path, max_length: int) -> Tensor:
+    """Embedding of a caption file, (L, C), its padding removed.
+
+    The file holds `caption_feature` (1, M, C) and mostly `attention_mask` (1, M); without a mask every token counts.
+
+    Raises:
+        DataError: missing, damaged, without the array, or without any token.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            embeds = content["caption_feature"]
+            mask = content["attention_mask"] if "attention_mask" in content.files else None
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; extract its caption") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path} is no caption feature file ({error}); extract it again") from error
+    embeds = embeds.reshape(-1, embeds.shape[-1])[:max_length]
+    if mask is not None:
+        embeds = embeds[mask.reshape(-1)[:max_length].astype(bool)]
+    if len(embeds) == 0:
+        raise DataError(f"{path} has no token under its mask; extract it again")
+    return torch.from_numpy(np.ascontiguousarray(embeds))
+
+
+def read_latents_npy(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a VAE file of (2C, h, w): float32 (C, h, w) each, unscaled.
+
+    Raises:
+        DataError: missing, damaged, or of another shape.
+    """
+    try:
+        moments = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; extract its picture") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is no VAE feature file ({error}); extract it again") from error
+    if moments.ndim != 3 or moments.shape[0] % 2:
+        raise DataError(f"{path} has shape {moments.shape}, expected (2 x channels, h, w); extract it again")
+    mean, std = torch.from_numpy(moments.astype(np.float32)).chunk(2)
+    return mean, std

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.data import (
+    AspectRatioBatchSampler,
+    SampleKey,
+    StoreDataset,
+    TrainBatch,
+    build_dataset,
+    build_loader,
+    collate,
+)
+from diffusion.errors import DataError
+from diffusion.features import FeatureRow, FeatureStoreWriter
+from diffusion.process import keyed_integer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 rows in two buckets; the first value of a tensor says which row and caption it is."""
+    folder = tmp_path_factory.mktemp("store")
+    writer = FeatureStoreWriter(folder, {}, torch.zeros(1, 8), rows_per_shard=5)
+    for number in range(12):
+        bucket = (64, 64) if number < 8 else (48, 80)
+        latents = torch.full((4, bucket[0] // 8, bucket[1] // 8), float(number))
+        embeds = [torch.full((1 + caption + number % 3, 8), number + caption / 8) for caption in range(1 + number % 4)]
+        attributes = {"split": "train" if number % 2 else "test", "concept": str(number // 4)}
+        captions = [str(caption) for caption in range(len(embeds))]
+        row = FeatureRow(
+            f"{number}.png",
+            (100 + number, 90),
+            bucket,
+            (0, 0, 90, 90),
+            latents,
+            latents / 2,
+            captions,
+            embeds,
+            attributes,
+        )
+        writer.add(row)
+    writer.close()
+    return folder
+
+
+def test_sample_is_the_row_with_the_caption_drawn_by_its_number(root: Path) -> None:
+    dataset = StoreDataset(root, seed=7)
+    drawn = set()
+    for number in range(40):
+        sample = dataset[SampleKey(7, number)]
+        caption = keyed_integer(7, "caption", number, 4)
+        drawn.add(caption)
+        assert (sample.key, sample.number, sample.img_hw, sample.aspect_ratio) == ("7.png", number, (107, 90), 1.0)
+        assert (sample.latents_mean == 7).all()
+        assert (sample.latents_std == 3.5).all()
+        assert sample.caption_embeds.shape == (1 + caption + 7 % 3, 8)
+        assert (sample.caption_embeds == 7 + caption / 8).all()
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_split(root: Path) -> None:
+    dataset = StoreDataset(root, split="train")
+    assert len(dataset) == 6
+    assert [dataset[SampleKey(index, 0)].key for index in range(6)] == [f"{number}.png" for number in range(1, 12, 2)]
+    assert dataset.attribute("concept") == ["0", "0", "1", "1", "2", "2"]
+    assert dataset.buckets == [(64, 64)] * 4 + [(48, 80)] * 2
+    with pytest.raises(DataError, match="no sample in split 'valid'; it has test, train"):
+        StoreDataset(root, split="valid")
+
+
+def test_collate_pads_captions_and_keeps_what_is_stored(root: Path) -> None:
+    dataset = StoreDataset(root)
+    samples = [dataset[SampleKey(index, 100 + index)] for index in (0, 5, 7)]
+    batch = collate(samples)
+    assert batch.latents_mean.shape == (3, 4, 8, 8)
+    assert batch.latents_mean.dtype == batch.latents_std.dtype == torch.float32
+    assert batch.caption_embeds.dtype == torch.bfloat16
+    assert batch.caption_mask.dtype == torch.bool
+    assert batch.img_hw.tolist() == [[100, 90], [105, 90], [107, 90]]
+    assert batch.aspect_ratio.tolist() == [1, 1, 1]
+    assert batch.sample_numbers.tolist() == [100, 105, 107]
+    assert batch.sample_numbers.dtype == torch.int64
+    assert batch.keys == ["0.png", "5.png", "7.png"]
+    for index, sample in enumerate(samples):
+        length = len(sample.caption_embeds)
+        assert batch.caption_mask[index].tolist() == [True] * length + [False] * (batch.caption_mask.shape[1] - length)
+        assert torch.equal(batch.caption_embeds[index, :length], sample.caption_embeds)
+        assert (batch.caption_embeds[index, length:] == 0).all()
+    assert batch.caption_mask.any(dim=0).all()  # no longer than the longest caption
+    moved = batch.to("cpu")
+    assert isinstance(moved, TrainBatch)
+    assert moved.keys == batch.keys
+    assert torch.equal(moved.caption_embeds, batch.caption_embeds)
+
+
+def test_collate_refuses_two_buckets(root: Path) -> None:
+    dataset = StoreDataset(root)
+    with pytest.raises(DataError, match=r"different sizes: 0\.png .*, 9\.png"):
+        collate([dataset[SampleKey(0, 0)], dataset[SampleKey(9, 1)]])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_follows_the_sampler(root: Path, num_workers: int) -> None:
+    config = {"type": "Store", "root": root.name, "split": None}
+    dataset = build_dataset(
+        config, image_size=64, aspect_ratio_type=None, model_max_length=120, seed=0, data_root=root.parent
+    )
+    sampler = AspectRatioBatchSampler(dataset.buckets, batch_size=3, seed=0)
+    loader = build_loader(dataset, sampler, num_workers)
+    expected = [[dataset[key].key for key in micro] for micro in AspectRatioBatchSampler(dataset.buckets, batch_size=3)]
+    batches = list(loader)
+    assert [batch.keys for batch in batches] == expected
+    assert torch.cat([batch.sample_numbers for batch in batches]).tolist() == list(range(15))
+    second_epoch = list(loader)
+    assert torch.cat([batch.sample_numbers for batch in second_epoch]).tolist() == list(range(15, 30))
