@@ -1,0 +1,90 @@
+"""What the network is told: captions, null captions, picture sizes. Legend: B pictures, L tokens, C text width."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import PromptError
+from diffusion.models import PixArt
+from diffusion.text import MAX_CAPTION_CHARS, clean_caption
+
+_logger = logging.getLogger(__name__)
+
+NULL_CAPTIONS = ("t5_empty", "stored")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """embeds (B, L, C), mask (B, L) True = keep, and keyword arguments with the sizes of a micro-conditioned model.
+
+    With guidance all have 2B rows, the unconditional half first.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    sizes: dict[str, Tensor] = field(default_factory=dict)
+
+
+def prepare_prompt(text: str, *, clean: bool = False) -> str:
+    """A prompt as the T5 of PixArt expects it: lower case, stripped (as stock diffusers does); cut at 2000 characters.
+
+    Args:
+        clean: also unescape HTML, normalise Unicode, remove control characters and collapse whitespace.
+    """
+    if len(text) > MAX_CAPTION_CHARS:
+        _logger.warning("a prompt of %d characters was cut at %d", len(text), MAX_CAPTION_CHARS)
+        text = text[:MAX_CAPTION_CHARS]
+    return clean_caption(text, "light" if clean else "none").lower().strip()
+
+
+def pad_tokens(embeds: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Append zeros (and False) until `length` tokens: (B, L, C), (B, L) -> (B, length, C), (B, length)."""
+    missing = length - embeds.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(embeds, (0, 0, 0, missing)), pad(mask, (0, missing))
+
+
+def with_null_caption(embeds: Tensor, mask: Tensor, null_embeds: Tensor, null_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the unconditional half before the captions, each under its own mask (diffusers' convention).
+
+    Args:
+        embeds, mask: (B, L, C), (B, L).
+        null_embeds, null_mask: (1 or B, L0, C), (1 or B, L0).
+    Returns:
+        (2B, max(L, L0), C) and (2B, max(L, L0)).
+    """
+    length = max(embeds.shape[1], null_embeds.shape[1])
+    embeds, mask = pad_tokens(embeds, mask, length)
+    null_embeds, null_mask = pad_tokens(null_embeds.to(embeds), null_mask.to(mask), length)
+    count = len(embeds)
+    return torch.cat([null_embeds.expand(count, -1, -1), embeds]), torch.cat([null_mask.expand(count, -1), mask])
+
+
+def with_stored_null_caption(embeds: Tensor, mask: Tensor, network: PixArt) -> tuple[Tensor, Tensor]:
+    """Put the model's stored null embedding before the captions, under the captions' masks (the original's convention).
+
+    Raises:
+        PromptError: the model brings no stored null caption, or one shorter than the prompts.
+    """
+    stored: Tensor = network.y_embedder.y_embedding
+    if not stored.any():
+        raise PromptError("null_caption='stored' needs a model with a stored null caption; use null_caption='t5_empty'")
+    length = embeds.shape[1]
+    if len(stored) < length:
+        raise PromptError(
+            f"null_caption='stored' covers {len(stored)} tokens, the longest prompt has {length}; shorten the prompt"
+        )
+    null = stored[:length].to(embeds).expand(len(embeds), -1, -1)
+    return torch.cat([null, embeds]), torch.cat([mask, mask])
+
+
+def size_conditions(network: PixArt, rows: int, height: int, width: int) -> dict[str, Tensor]:
+    """img_hw (rows, 2) in px and aspect_ratio (rows,) = height / width in float32, or nothing for models without."""
+    if not network.config.micro_condition:
+        return {}
+    size = torch.tensor([height, width], dtype=torch.float32, device=network.device)
+    return {"img_hw": size.expand(rows, 2), "aspect_ratio": (size[0] / size[1]).expand(rows)}

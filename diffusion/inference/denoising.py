@@ -1,0 +1,121 @@
+"""The solver loop and guidance, as functions that know no network. Legend: B pictures, C latent channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusion.errors import NumericalError, PromptError
+from diffusion.inference.solvers import accepts_generator
+
+Prediction = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def denoise(
+    predict: Prediction,
+    scheduler: Any,
+    noise: Tensor,
+    num_inference_steps: int,
+    *,
+    generators: list[torch.Generator] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Integrate from noise to latents.
+
+    Args:
+        predict: (x_t (B, C, h, w), timestep () on the original scale) -> noise (B, C, h, w), or (B, 2C, h, w) with
+            variance for solvers that take it.
+        scheduler: a diffusers scheduler; its timesteps are set here.
+        noise: (B, C, h, w) of N(0, 1); its dtype (float32) and device are kept throughout.
+        generators: one a picture, for solvers that draw noise at every step.
+        on_step: called with (step index, timestep, latents) after each step; returns the latents to go on with.
+    Returns:
+        (B, C, h, w) scaled latents.
+    Raises:
+        NumericalError: the result is not finite.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    extra = {"generator": generators} if accepts_generator(scheduler) else {}
+    latents = noise * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps):
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+        if on_step is not None:
+            latents = on_step(index, timestep, latents)
+    return require_finite(latents, "the denoised latents")
+
+
+def guide(output: Tensor, channels: int, scale: float, *, keep_variance: bool) -> Tensor:
+    """Classifier-free guidance on all noise channels (arXiv:2207.12598): uncond + scale * (cond - uncond).
+
+    Args:
+        output: (2B, C or 2C, h, w), the unconditional half first.
+        channels: C.
+        keep_variance: append the variance channels of the conditional half, unguided.
+    Returns:
+        (B, C or 2C, h, w).
+    """
+    unconditional, conditional = output.chunk(2)
+    noise = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
+    return torch.cat([noise, conditional[:, channels:]], dim=1) if keep_variance else noise
+
+
+def picture_generators(
+    count: int, seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> tuple[list[torch.Generator], list[int] | None]:
+    """One generator a picture, so that a picture does not depend on its batch, and the seeds they were made from.
+
+    Args:
+        seed: seed, seed + 1, ...; a list as it is; None = drawn from torch's global generator.
+        generator: instead of seed, one a picture; the seeds are then None.
+    Raises:
+        PromptError: another number of seeds or generators than pictures, both given, or a seed that is no integer
+            in 0..2^63 - 1.
+    """
+    if generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if seed is not None:
+            raise PromptError("seed and generator are both given; give one of them")
+        if len(generators) != count:
+            raise PromptError(f"generator has {len(generators)} entries for {count} pictures; give one each, or a seed")
+        return generators, None
+    if seed is None:
+        seed = torch.randint(2**31, (count,)).tolist()
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) and not isinstance(seed, bool) else seed
+    if not isinstance(seeds, Sequence) or any(isinstance(value, bool) or not isinstance(value, int) for value in seeds):
+        raise PromptError(f"seed={seed!r} must be an integer or a list of integers")
+    if any(not 0 <= value < 2**63 for value in seeds):
+        raise PromptError(f"seed={seed!r} must lie in 0..2^63 - 1")
+    if len(seeds) != count:
+        raise PromptError(f"seed has {len(seeds)} values for {count} pictures; give one each, or a single seed")
+    return [torch.Generator().manual_seed(value) for value in seeds], list(seeds)
+
+
+def initial_noise(
+    count: int, shape: tuple[int, int, int], generators: list[torch.Generator], device: torch.device
+) -> Tensor:
+    """(count, *shape) float32 of N(0, 1), picture by picture as stock diffusers draws one; CPU generators give the
+    same noise on every device."""
+    return randn_tensor((count, *shape), generator=generators, device=device, dtype=torch.float32)
+
+
+def require_finite(values: Tensor, stage: str) -> Tensor:
+    """The values themselves.
+
+    Raises:
+        NumericalError: some are NaN or infinite; names the stage.
+    """
+    if not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).sum().item()
+        raise NumericalError(
+            f"{stage} are not finite ({bad} of {values.numel()} values); use float32 or bfloat16 instead of float16, "
+            "or check the model's weights"
+        )
+    return values

@@ -1,0 +1,91 @@
+"""Pipeline folders in the layout of diffusers: reading a scheduler, writing a whole pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+
+from diffusion.checkpoints import save_transformer
+from diffusion.errors import CheckpointError, StorageError
+from diffusion.inference.solvers import make_scheduler, stock_scheduler
+
+if TYPE_CHECKING:
+    from diffusion.inference.pipeline import PixArtPipeline
+
+_MODEL_INDEX = {
+    "_class_name": "PixArtAlphaPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:
+    """The scheduler that a pipeline folder names, or another algorithm on the folder's noise process.
+
+    Raises:
+        CheckpointError: no readable scheduler config, or of a class that diffusers lacks.
+        PromptError: unknown algorithm.
+    """
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    if algorithm is not None and not path.is_file():
+        return make_scheduler(algorithm)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); copy the model's scheduler folder there") from error
+    if algorithm is not None:
+        return make_scheduler(algorithm, base_config=config)
+    cls = getattr(diffusers, name, None)
+    if cls is None or not hasattr(cls, "set_timesteps"):
+        raise CheckpointError(f"{path} names {name!r}, which is no scheduler of diffusers; choose an algorithm by name")
+    return cls.from_config(config)
+
+
+def save_pipeline(pipeline: PixArtPipeline, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a folder that stock diffusers opens as `PixArtAlphaPipeline`; written aside, then renamed.
+
+    Args:
+        dtype: of the weights in the files; None = as in memory.
+    Raises:
+        CheckpointError: the folder exists and is not empty. StorageError: the disk is full or not writable.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists; choose another folder or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        _write_parts(pipeline, aside, dtype)
+        os.replace(aside, folder)
+    except OSError as error:
+        raise StorageError(f"{folder} could not be written ({error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_parts(pipeline: PixArtPipeline, folder: Path, dtype: torch.dtype | None) -> None:
+    pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    for name in ("text_encoder", "vae"):
+        module = getattr(pipeline, name)
+        if dtype is not None and module.dtype != dtype:
+            module = copy.deepcopy(module).to(dtype)
+        module.save_pretrained(str(folder / name))
+    network = pipeline.transformer
+    has_stored_null = bool(network.y_embedder.y_embedding.any())
+    save_transformer(network, folder / "transformer", dtype=dtype, stored_null_caption=has_stored_null)
+    scheduler = stock_scheduler(pipeline.scheduler)
+    scheduler.save_pretrained(str(folder / "scheduler"))
+    index = {**_MODEL_INDEX, "scheduler": ["diffusers", type(scheduler).__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
