@@ -1,0 +1,339 @@
+"""Train the small KL autoencoder (f8, 4 channels) of the bundled model.
+
+Legend: B batch, H = W picture side in pixels. Pictures live on the device as uint8; the loss is L1 on pixels and on
+their gradients at three scales (edges), with a small KL term. When training ends, the latents are centred and equalised
+by folding a per-channel shift and scale into the 1x1 convolutions around the latent, which changes no picture;
+`scaling_factor` is then 1 / std.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.errors import ConfigError, DataError, NumericalError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of the network and of its training.
+
+    `kl_weight`: factor of the KL divergence, a mean over latent elements. `edge_weight`: factor of the gradient loss.
+    `crop`: side in pixels of the training crops; the network is convolutional, so small crops cost less per update.
+    `steps` or `seconds` ends training; the learning rate follows the share that is done.
+    """
+
+    channels: tuple[int, ...] = (48, 80, 128, 192)
+    layers_per_block: int = 1
+    norm_groups: int = 16
+    crop: int = 256
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    kl_weight: float = 1e-5
+    edge_weight: float = 1.0
+    ema_rate: float = 0.998
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        bad = [width for width in self.channels if width % self.norm_groups]
+        if bad:
+            raise ConfigError(f"channels {bad} are not divisible by norm_groups={self.norm_groups}")
+        if self.crop % 2 ** (len(self.channels) - 1):
+            raise ConfigError(f"crop={self.crop} is not divisible by {2 ** (len(self.channels) - 1)}")
+        if (self.steps is None) == (self.seconds is None):
+            raise ConfigError("give either steps or seconds, so that the learning rate knows its end")
+
+
+def build_autoencoder(config: AutoencoderConfig, sample_size: int) -> Any:
+    """A new diffusers AutoencoderKL: 3 channels, 4 latent channels, no attention (fast on a CPU)."""
+    from diffusers import AutoencoderKL
+
+    depth = len(config.channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=4,
+        norm_num_groups=config.norm_groups,
+        sample_size=sample_size,
+        mid_block_add_attention=False,
+    )
+
+
+def load_pictures(data: Path, split: str, *, limit: int | None = None) -> Tensor:
+    """Pictures of one split of an ImageFolder with metadata.jsonl: (N, 3, H, W) uint8, all of one size.
+
+    Raises DataError when the metadata is unreadable, the split is empty, or sizes differ.
+    """
+    import numpy as np
+
+    from diffusion.images import decode_image
+
+    try:
+        with (data / "metadata.jsonl").open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        names = [row["file_name"] for row in rows if row["split"] == split][:limit]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{data / 'metadata.jsonl'}: no readable list of pictures ({error})") from error
+    if not names:
+        raise DataError(f"{data}: split {split!r} has no pictures")
+    arrays = [np.asarray(decode_image(data / name)) for name in names]
+    odd = [name for name, array in zip(names, arrays) if array.shape != arrays[0].shape]
+    if odd:
+        raise DataError(f"{data / odd[0]}: its size differs from {names[0]}; all pictures must have one size")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def augment(pixels: Tensor, crop: int, generator: torch.Generator) -> Tensor:
+    """Light variation that keeps edges sharp: (B, 3, H, W) in [-1, 1] -> (B, 3, crop, crop).
+
+    Per batch: one zoom out of four (none half of the time). Per picture: mirror, shift (white comes in at the border),
+    and for three in ten a permutation of the colour channels. `generator` is on the pictures' device.
+    """
+    count, _, side, _ = pixels.shape
+    device = pixels.device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    # One grid sample does zoom, mirror and shift; unzoomed shifts are whole pixels, so nothing is blurred.
+    zooms = torch.tensor([1.0, 1.0, 1.0, 1.15, 0.85, 0.7], device=device)
+    scale = zooms[(draw(1) * len(zooms)).long()]  # > 1 shows more than the picture
+    slack = ((side - crop * scale) / 2).clamp(min=16)
+    shift = ((draw(count, 2) * 2 - 1) * slack).round()  # pixels, (B, 2)
+    mirror = (draw(count) < 0.5).float() * -2 + 1
+    ticks = torch.arange(crop, device=device) - (crop - 1) / 2
+    x = (ticks * scale * mirror[:, None] + shift[:, :1]) / (side / 2)  # (B, crop)
+    y = (ticks * scale + shift[:, 1:]) / (side / 2)
+    grid = torch.stack([x[:, None, :].expand(-1, crop, -1), y[:, :, None].expand(-1, -1, crop)], dim=-1)
+    moved = F.grid_sample(pixels - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 1  # white = 1
+    order = draw(count, 3).argsort(1)
+    plain = torch.arange(3, device=device).expand(count, 3)
+    order = torch.where(draw(count, 1) < 0.3, order, plain)
+    return moved.gather(1, order[:, :, None, None].expand(-1, -1, crop, crop))
+
+
+def edge_loss(found: Tensor, wanted: Tensor, scales: int = 3) -> Tensor:
+    """Mean absolute difference of horizontal and vertical gradients, averaged over `scales` halvings."""
+    total = found.new_zeros(())
+    for scale in range(scales):
+        if scale:
+            found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
+        for axis in (2, 3):
+            total = total + (found.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
+    return total / (2 * scales)
+
+
+def kl_loss(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence of N(mean, exp(log_variance)) from N(0, 1), mean over elements, in nats."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+class AutoencoderObjective(nn.Module):
+    """pixels (B, 3, H, W), noise (B, 4, H/8, W/8) -> reconstruction and moments, all float32."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + noise * (0.5 * log_variance).exp()
+        return self.vae.decode(latents).sample.float(), mean, log_variance
+
+
+def progress_share(step: int, elapsed_s: float, config: AutoencoderConfig) -> float:
+    """How much of the training is done, 0 to 1."""
+    if config.steps is not None:
+        return min(1.0, step / config.steps)
+    assert config.seconds is not None
+    return min(1.0, elapsed_s / config.seconds)
+
+
+def learning_rate_factor(step: int, share: float, warmup_steps: int) -> float:
+    """Linear warm-up by steps, times a cosine to zero by share."""
+    return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def latent_statistics(vae: Any, pictures: Tensor, *, device: str, batch_size: int = 32) -> tuple[Tensor, Tensor, float]:
+    """Per-channel mean (C,) and std (C,) of sampled latents, and the mean posterior std (how noisy they are).
+
+    The variance of a sample is that of the posterior means plus the mean posterior variance (law of total variance).
+    """
+    sums = torch.zeros(4, vae.config.latent_channels, dtype=torch.float64, device=device)
+    for part in pictures.split(batch_size):
+        posterior = vae.encode(to_signed(part.to(device)).to(vae.dtype)).latent_dist
+        mean, variance = posterior.mean.double(), posterior.var.double()
+        for row, value in enumerate((mean, mean.square(), variance, variance.sqrt())):
+            sums[row] += value.mean(dim=(0, 2, 3)) * len(part)
+    mean, square, variance, noise = sums / len(pictures)
+    return mean, (square - mean.square() + variance).sqrt(), float(noise.mean())
+
+
+@torch.no_grad()
+def equalize_latents(vae: Any, mean: Tensor, std: Tensor) -> float:
+    """Centre the latents and give every channel the same std, without changing any reconstruction.
+
+    The affine map is folded into `quant_conv` (and its inverse into `post_quant_conv`), both 1x1. Sets and returns
+    `scaling_factor` = 1 / common std.
+    """
+    channels = vae.config.latent_channels
+    common = std.log().mean().exp()
+    gain = (common / std).to(vae.quant_conv.weight)  # (C,), new = gain * (old - mean)
+    shift = mean.to(vae.quant_conv.weight)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ shift
+    post.weight /= gain[None, :, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - shift) * gain
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[channels:] += 2 * gain.log()
+    vae.register_to_config(scaling_factor=1 / float(common))
+    return float(vae.config.scaling_factor)
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, pictures: Tensor, *, device: str, batch_size: int = 32) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB after encoding (posterior mean) and decoding."""
+    values = []
+    for part in pictures.split(batch_size):
+        pixels = to_signed(part.to(device))
+        found = vae.decode(vae.encode(pixels.to(vae.dtype)).latent_dist.mean).sample.float().clamp(-1, 1)
+        error = ((found - pixels) / 2).square().flatten(1).mean(1)  # peak-to-peak 1
+        values.append(-10 * error.clamp(min=1e-10).log10())
+    return float(torch.cat(values).mean())
+
+
+def _fit(
+    vae: Any,
+    pictures: Tensor,
+    config: AutoencoderConfig,
+    *,
+    device: str,
+    seed: int,
+    compile_model: bool,
+    log: Callable[[dict[str, float]], None],
+    log_every: int,
+) -> int:
+    """The training loop; leaves the averaged weights in `vae` and returns the number of steps."""
+    from diffusion.training.optimization import WeightAverage
+
+    objective: Any = AutoencoderObjective(vae)
+    average = WeightAverage(vae, config.ema_rate)
+    if compile_model:
+        objective = torch.compile(objective)
+    cuda = torch.device(device).type == "cuda"
+    layout = torch.channels_last if cuda else torch.contiguous_format
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    side = config.crop // 2 ** (len(config.channels) - 1)
+    started, step = time.monotonic(), 0
+    # Compilation is inside the time limit: the limit is what the caller pays for.
+    while (share := progress_share(step, time.monotonic() - started, config)) < 1:
+        chosen = torch.randint(len(pictures), (config.batch_size,), generator=generator, device=device)
+        pixels = augment(to_signed(pictures[chosen]), config.crop, generator).contiguous(memory_format=layout)
+        noise = torch.randn(len(pixels), 4, side, side, generator=generator, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, share, config.warmup_steps)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cuda):
+            found, mean, log_variance = objective(pixels, noise)
+        pixel, edge, kl = (found - pixels).abs().mean(), edge_loss(found, pixels), kl_loss(mean, log_variance)
+        loss = pixel + config.edge_weight * edge + config.kl_weight * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update(vae)
+        if step % log_every == 0:
+            entry = {"step": step, "loss": loss.item(), "pixel": pixel.item(), "edge": edge.item(), "kl": kl.item()}
+            if not math.isfinite(entry["loss"]):
+                raise NumericalError(f"autoencoder loss is {entry['loss']} at step {step}; use a lower learning rate")
+            log({**entry, "seconds": time.monotonic() - started})
+        step += 1
+        if cuda and config.seconds is not None and step % 8 == 0:
+            torch.cuda.synchronize()  # the host runs ahead of the device: without this the time limit would be late
+    vae.load_state_dict(average.tensors)
+    return step
+
+
+def train_autoencoder(
+    data: Path,
+    output: Path,
+    config: AutoencoderConfig,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    compile_model: bool = False,
+    limit: int | None = None,
+    log_every: int = 50,
+) -> dict[str, Any]:
+    """Train on the train split alone, write `output` (fp16 AutoencoderKL folder) and `output/../vae_metrics.json`.
+
+    Held-out and reserved pictures are never seen, so the held-out PSNR is honest. Figures are those of the stored fp16
+    weights, run in float32. With `config.steps` and a CPU the result depends on the seed alone.
+
+    Returns the metrics.
+    """
+    train = load_pictures(data, "train", limit=limit).to(device)
+    heldout = load_pictures(data, "heldout", limit=limit)
+    if train.shape[2] != train.shape[3] or train.shape[2] < config.crop:
+        raise DataError(f"{data}: pictures of {tuple(train.shape[2:])} px; square ones of {config.crop} px are needed")
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    vae = build_autoencoder(config, train.shape[2]).to(device)
+    if torch.device(device).type == "cuda":
+        vae = vae.to(memory_format=torch.channels_last)
+    history: list[dict[str, float]] = []
+
+    def log(entry: dict[str, float]) -> None:
+        history.append({key: round(value, 5) for key, value in entry.items()})
+        print(" ".join(f"{key}={value:g}" for key, value in history[-1].items()), flush=True)
+
+    vae.train()
+    started = time.monotonic()
+    steps = _fit(
+        vae, train, config, device=device, seed=seed, compile_model=compile_model, log=log, log_every=log_every
+    )
+    seconds = round(time.monotonic() - started, 1)
+    vae.eval()
+    mean, std, noise = latent_statistics(vae, train, device=device)
+    factor = equalize_latents(vae, mean, std)
+    vae.half().save_pretrained(str(output))
+    vae.float()
+    mean_after, std_after, _ = latent_statistics(vae, train, device=device)
+    metrics: dict[str, Any] = {
+        "psnr_heldout": reconstruction_psnr(vae, heldout, device=device),
+        "psnr_train": reconstruction_psnr(vae, train[: len(heldout)], device=device),
+        "pictures": {"train": len(train), "heldout": len(heldout)},
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        "scaling_factor": factor,
+        "latent_mean": mean_after.tolist(),
+        "latent_std": std_after.tolist(),
+        "latent_std_before": std.tolist(),
+        "posterior_std_over_latent_std": noise / float(std.mean()),
+        "steps": steps,
+        "seconds": seconds,
+        "history": history,
+    }
+    (output.parent / "vae_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics

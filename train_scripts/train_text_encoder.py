@@ -1,0 +1,45 @@
+"""Train the text encoder of the bundled model by distillation from precomputed sentence embeddings.
+
+Example: python train_scripts/train_text_encoder.py --tokenizer output/pretrained_models/emoji-256/tokenizer \\
+    --teacher-embeddings build/text/teacher.safetensors --output output/pretrained_models/emoji-256/text_encoder \\
+    --steps 3000 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusion.errors import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tools/train_tokenizer.py")
+    parser.add_argument("--teacher-embeddings", type=Path, required=True, help="file of tools/build_text_corpus.py")
+    parser.add_argument("--output", type=Path, required=True, help="text_encoder folder; metrics are written beside it")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
+    parser.add_argument("--batch-size", type=int, default=1024, help="texts a step (default 1024)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 0.002)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    from diffusion.training.text_distillation import TextEncoderConfig, train_text_encoder
+    from diffusion.training.text_teacher import load_teacher_texts
+
+    metrics = train_text_encoder(
+        args.tokenizer,
+        load_teacher_texts(args.teacher_embeddings),
+        args.output,
+        steps=args.steps,
+        device=args.device,
+        seed=args.seed,
+        config=TextEncoderConfig(batch_size=args.batch_size, learning_rate=args.lr),
+    )
+    print({key: value for key, value in metrics.items() if key != "history"})
+    print(f"text encoder: {args.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,56 @@
+"""Train the KL autoencoder (f8, 4 channels) of the bundled model.
+
+Example: python train_scripts/train_vae.py --data data/emoji --output output/pretrained_models/emoji-256/vae \\
+    --seconds 280 --device cuda --compile
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusion.errors import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="ImageFolder with metadata.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="vae folder; metrics are written beside it")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="optimiser steps")
+    length.add_argument("--seconds", type=float, help="wall time of the training loop in seconds")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures a step (default 64)")
+    parser.add_argument("--crop", type=int, default=256, help="side of the training crops in pixels (default 256)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
+    parser.add_argument("--kl-weight", type=float, default=1e-5, help="factor of the KL term (default 1e-5)")
+    parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network (warm-up counts as time)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    from diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
+
+    config = AutoencoderConfig(
+        batch_size=args.batch_size,
+        crop=args.crop,
+        learning_rate=args.lr,
+        kl_weight=args.kl_weight,
+        steps=args.steps,
+        seconds=args.seconds,
+    )
+    metrics = train_autoencoder(
+        args.data,
+        args.output,
+        config,
+        device=args.device,
+        seed=args.seed,
+        compile_model=args.compile,
+        limit=args.limit,
+    )
+    print({key: value for key, value in metrics.items() if key != "history"})
+    print(f"vae: {args.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
