@@ -1,0 +1,84 @@
+"""The house keeps its order: imports between rooms point one way, and nothing dangerous is called."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "diffusion"
+MAY_IMPORT = {
+    "config": set(),
+    "models": set(),
+    "process": set(),
+    "objectives": {"models", "process"},
+    "text": set(),
+    "images": {"models"},
+    "features": {"text", "images"},
+    "data": {"process", "features", "images"},
+    "checkpoints": {"models"},
+    "inference": {"models", "process", "text", "images", "checkpoints"},
+    "training": {
+        "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "inference",
+    },
+}  # fmt: skip
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = [
+    path for folder in ("tools", "scripts", "train_scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
+]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_all_rooms_are_known() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    room = parts[0] if len(parts) > 1 else None
+    if room is None:
+        return
+    for name in imported_modules(path):
+        pieces = name.split(".")
+        if pieces[0] in ("tools", "scripts", "train_scripts", "app", "tests"):
+            pytest.fail(f"{path} imports {name}")
+        if pieces[0] == "diffusion" and len(pieces) > 1 and pieces[1] in MAY_IMPORT and pieces[1] != room:
+            assert pieces[1] in MAY_IMPORT[room], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_dangerous_is_called(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system", "yaml.load"), f"{path}: {name}"
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert keywords.get("shell") != "True", f"{path}: shell=True"
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{path}: torch.load without weights_only"
+    assert "sys.path.insert" not in path.read_text(encoding="utf-8")
+
+
+def test_no_grab_bags() -> None:
+    assert not [path for path in SOURCES if path.stem in ("utils", "misc", "common", "helpers")]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, diffusion, diffusion.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
