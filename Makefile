@@ -3,6 +3,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= python3
 DEMO := output/demo
 FEATURES := output/features/emoji-demo
+TRAINED := $(DEMO)/checkpoints/checkpoint-30
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## create .venv with everything
 $(VENV)/.installed: pyproject.toml requirements.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # mends an interrupted one too
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
@@ -24,11 +25,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install  ## pictures -> features -> training -> checkpoint -> sampled grid, on the bundled data
 	$(PY) tools/extract_features.py data/emoji --out $(FEATURES) --limit 160
 	$(PY) train_scripts/train.py configs/emoji/emoji_demo.py --work-dir $(DEMO) --resume-from latest
-	$(PY) scripts/inference.py --model_path $(DEMO)/checkpoints/checkpoint-20 --txt_file asset/samples.txt \
+	$(PY) scripts/inference.py --model_path $(TRAINED) --txt_file asset/samples.txt \
 		--bs 4 --step 14 --grid --output $(DEMO)/samples
 	@echo "pictures    $(DEMO)/samples, before and after: $(DEMO)/validation"
 	@echo "logs        $(DEMO)/train_log.log, $(DEMO)/metrics.jsonl; tensorboard --logdir $(DEMO)/logs"
-	@echo "checkpoint  $(DEMO)/checkpoints/checkpoint-20"
+	@echo "checkpoint  $(TRAINED)"
 
 test: $(VENV)/.installed-dev  ## all quick tests
 	$(PY) -m pytest -q -m "not slow"
@@ -43,6 +44,7 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 
 bench: install  ## timings of this machine into benchmarks/results
 	$(PY) benchmarks/bench_store.py
+	$(PY) benchmarks/bench_load.py
 	$(PY) benchmarks/bench_sampling_cpu.py
 
 clean:  ## remove the environment and build files, not your data or runs

@@ -8,13 +8,11 @@ Writes a JSON with the times, command, device and versions.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
+
+from report import write_report
 
 from diffusion.errors import run_cli
 
@@ -27,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default 20)")
     parser.add_argument("--repeats", type=int, default=5, help="timed pictures after one warm-up (default 5)")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice when absent")
-    parser.add_argument("--output", default="benchmarks/results/sampling_cpu.json")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling_cpu.json"))
     return parser
 
 
@@ -37,7 +35,6 @@ def main() -> None:
     import torch
 
     from diffusion.inference import PixArtPipeline
-    from diffusion.inference.recipe import library_versions
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -56,26 +53,8 @@ def main() -> None:
         "times_s": [round(value, 3) for value in times[1:]],
         "warm_up_s": round(times[0], 3),
         "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
-        "command": shlex.join(["python", *sys.argv]),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": library_versions(),
     }
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"median {result['median_s']} s of {args.repeats} on {result['cpu']}, {result['threads']} threads: {output}")
-
-
-def _cpu_name() -> str:
-    """The processor's name; Linux keeps it in /proc/cpuinfo only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    write_report(args.output, result)
 
 
 if __name__ == "__main__":

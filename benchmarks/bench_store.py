@@ -3,22 +3,21 @@
     python benchmarks/bench_store.py --rows 2048 --channels 4096 --tokens 120
 
 Writes a store of synthetic features and caption files with the same numbers to a temporary folder, reads samples in
-random order from a warm page cache, and prints medians in milliseconds as JSON. A store read includes the tensors of
+random order from a warm page cache, and writes medians in milliseconds as JSON. A store read includes the tensors of
 the latents and of one caption; an .npz read includes decompression, the mask and the tensor, without any latents.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from report import write_report
 
 from diffusion.errors import run_cli
 
@@ -31,9 +30,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120, help="tokens of a padded caption (default: %(default)s)")
     parser.add_argument("--kept", type=int, default=40, help="tokens that are no padding (default: %(default)s)")
     parser.add_argument("--reads", type=int, default=2000, help="timed reads of the store (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/store.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(args, Path(folder)), indent=1))
+        figures = measure(args, Path(folder))
+    write_report(args.output, figures)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -65,13 +66,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         4 * args.files, lambda: read_caption_npz(folder / f"{order.randrange(args.files)}.npz", args.tokens)
     )
     return {
-        "command": " ".join(["python", "benchmarks/bench_store.py", *sys.argv[1:]]),
+        "benchmark": f"one random training sample: 32 x 32 latents, a caption of {args.kept} x {args.channels}",
         "store_ms": store,
         "original_npz_ms": original,
         "ratio_of_medians": round(original["median"] / store["median"], 1),
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from diffusion.errors import CheckpointError, PromptError
+from diffusion.errors import CheckpointError, DataError, PromptError
 from diffusion.inference.pipeline import PixArtPipeline
-from diffusion.inference.recipe import library_versions, model_fingerprint, save_png
+from diffusion.inference.recipe import library_versions, model_fingerprint, read_recipe, save_png
+from diffusion.inference.solvers import solver_name
+
+_logger = logging.getLogger(__name__)
 
 _GRID_COLUMNS = 4
 _SLUG_CHARS = 60
@@ -89,6 +95,8 @@ def sample_to_folder(
 ) -> tuple[list[Path], Path | None]:
     """Draw every prompt and write `000-slug.png`, ... with recipes; picture k of all has seed + k at any batch size.
 
+    A picture that an earlier call wrote with the same recipe is kept, so an interrupted call goes on where it stopped.
+
     Args:
         model: how the recipe names the model.
         num_images: pictures a prompt.
@@ -102,27 +110,76 @@ def sample_to_folder(
     for name, value in (("batch size", batch_size), ("num_images", num_images)):
         if value < 1:
             raise PromptError(f"{name} {value} must be at least 1")
+    folder, settings = Path(folder), settings or {}
     facts = {
         "model": model,
         "model_fingerprint": model_fingerprint(pipeline.transformer),
         "versions": library_versions(),
     }
-    jobs = [(prompt, seed + number) for number, prompt in enumerate(p for p in prompts for _ in range(num_images))]
-    folder, paths, labels, pictures = Path(folder), [], [], []
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        output = pipeline([prompt for prompt, _ in batch], seed=[value for _, value in batch], **(settings or {}))
-        for number, image, recipe in zip(itertools.count(start), output.images, output.recipes):
-            paths.append(save_png(image, folder / f"{number:03d}-{slug(recipe['prompt'])}.png", {**recipe, **facts}))
-            labels.append(recipe["prompt"])
-            pictures.append(image if grid else None)
-    if not grid:
-        return paths, None
-    return paths, _write_grid([image for image in pictures if image is not None], labels, folder, facts)
+    jobs = [
+        _Job(folder / f"{number:03d}-{slug(prompt)}.png", prompt, seed + number)
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
+    ]
+    recipe = _recipe_of(pipeline, settings)
+    paths = {
+        job: found
+        for job in jobs
+        if recipe and (found := _written(job.path, {"prompt": job.prompt, "seed": job.seed, **recipe, **facts}))
+    }
+    todo = [job for job in jobs if job not in paths]
+    if paths:
+        _logger.info("%d of %d pictures are already in %s", len(paths), len(jobs), folder)
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        output = pipeline([job.prompt for job in batch], seed=[job.seed for job in batch], **settings)
+        for job, image, recipe in zip(batch, output.images, output.recipes):
+            paths[job] = save_png(image, job.path, {**recipe, **facts})
+    done = [paths[job] for job in jobs]
+    return done, _write_grid(jobs, done, folder / "grid.png", facts) if grid else None
 
 
-def _write_grid(pictures: list[Image.Image], labels: list[str], folder: Path, facts: Mapping[str, Any]) -> Path:
+@dataclass(frozen=True)
+class _Job:
+    """One picture to be drawn."""
+
+    path: Path
+    prompt: str
+    seed: int
+
+
+# Arguments of the pipeline's call and their names in a recipe.
+_IN_RECIPE = {name: name for name in ("guidance_scale", "negative_prompt", "null_caption", "height", "width")}
+_IN_RECIPE["num_inference_steps"] = "steps"
+
+
+def _recipe_of(pipeline: PixArtPipeline, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the recipes of a call with these settings will say; None when it sets more than a recipe tells."""
+    if not settings.keys() <= _IN_RECIPE.keys():
+        return None
+    defaults = inspect.signature(PixArtPipeline.__call__).parameters
+    recipe = {key: settings.get(name, defaults[name].default) for name, key in _IN_RECIPE.items()}
+    for key, value in (("negative_prompt", ""), ("height", pipeline.default_size), ("width", pipeline.default_size)):
+        recipe[key] = value if recipe[key] is None else recipe[key]
+    return {**recipe, "solver": solver_name(pipeline.scheduler)}
+
+
+def _written(path: Path, wanted: Mapping[str, Any]) -> Path | None:
+    """`path`, or its numbered sibling, where an earlier call wrote this recipe; drawing it again changes nothing."""
+    numbered = (path.with_name(f"{path.stem}-{number}.png") for number in itertools.count(2))
+    for candidate in itertools.takewhile(Path.exists, itertools.chain([path], numbered)):
+        try:
+            recipe = read_recipe(candidate)
+        except DataError:
+            continue
+        if all(recipe.get(key) == value for key, value in wanted.items()):
+            return candidate
+    return None
+
+
+def _write_grid(jobs: Sequence[_Job], pictures: Sequence[Path], path: Path, facts: Mapping[str, Any]) -> Path:
     from diffusion.images import labelled_grid
 
-    sheet = labelled_grid(pictures, labels, columns=_GRID_COLUMNS)
-    return save_png(sheet, folder / "grid.png", {"prompts": labels, **facts})
+    labels = [job.prompt for job in jobs]
+    recipe = {"prompts": labels, "pictures": [picture.name for picture in pictures], **facts}
+    sheet = labelled_grid([Image.open(picture) for picture in pictures], labels, columns=_GRID_COLUMNS)
+    return _written(path, recipe) or save_png(sheet, path, recipe)

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import PromptError
-from diffusion.models import PixArt
+from diffusion.models import PixArt, pad_captions
 from diffusion.text import MAX_CAPTION_CHARS, clean_caption
 
 _logger = logging.getLogger(__name__)
-
-NULL_CAPTIONS = ("t5_empty", "stored")
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,6 @@ def prepare_prompt(text: str, *, clean: bool = False) -> str:
     return clean_caption(text, "light" if clean else "none").lower().strip()
 
 
-def pad_tokens(embeds: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Append zeros (and False) until `length` tokens: (B, L, C), (B, L) -> (B, length, C), (B, length)."""
-    missing = length - embeds.shape[1]
-    pad = torch.nn.functional.pad
-    return pad(embeds, (0, 0, 0, missing)), pad(mask, (0, missing))
-
-
 def with_null_caption(embeds: Tensor, mask: Tensor, null_embeds: Tensor, null_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Put the unconditional half before the captions, each under its own mask (diffusers' convention).
 
@@ -58,8 +49,8 @@ def with_null_caption(embeds: Tensor, mask: Tensor, null_embeds: Tensor, null_ma
         (2B, max(L, L0), C) and (2B, max(L, L0)).
     """
     length = max(embeds.shape[1], null_embeds.shape[1])
-    embeds, mask = pad_tokens(embeds, mask, length)
-    null_embeds, null_mask = pad_tokens(null_embeds.to(embeds), null_mask.to(mask), length)
+    embeds, mask = pad_captions(embeds, mask, length)
+    null_embeds, null_mask = pad_captions(null_embeds.to(embeds), null_mask.to(mask), length)
     count = len(embeds)
     return torch.cat([null_embeds.expand(count, -1, -1), embeds]), torch.cat([null_mask.expand(count, -1), mask])
 

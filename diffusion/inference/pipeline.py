@@ -105,6 +105,11 @@ class PixArtPipeline(DiffusionPipeline):
         """Pixels a latent covers along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def default_size(self) -> int:
+        """Height and width in px of a picture when none are given: the model's training size."""
+        return int(self.transformer.config.input_size) * self.vae_factor
+
     @torch.no_grad()
     def encode_captions(
         self, captions: Sequence[str], *, clean_caption: bool = False, max_sequence_length: int | None = None
@@ -175,8 +180,8 @@ class PixArtPipeline(DiffusionPipeline):
             negative_prompt_mask,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            height=config.input_size * self.vae_factor if height is None else height,
-            width=config.input_size * self.vae_factor if width is None else width,
+            height=self.default_size if height is None else height,
+            width=self.default_size if width is None else width,
             size_multiple=self.vae_factor * config.patch_size,
             num_images_per_prompt=num_images_per_prompt,
             null_caption=null_caption,

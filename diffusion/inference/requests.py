@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion.errors import PromptError, did_you_mean
-from diffusion.inference.conditions import NULL_CAPTIONS
+from diffusion.models import NULL_CAPTIONS
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_STEPS = 1000

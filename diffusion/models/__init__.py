@@ -1,10 +1,12 @@
 """Networks as plain modules, and the one registry that finds them by name."""
 
 from diffusion.models.attention import KVCompression
+from diffusion.models.captions import NULL_CAPTIONS, pad_captions
 from diffusion.models.pixart import PixArt, PixArtConfig, PixArtMS
 from diffusion.models.registry import PixArt_XL_2, PixArtMS_XL_2, build_model, model_names
 
 __all__ = [
+    "NULL_CAPTIONS",
     "KVCompression",
     "PixArt",
     "PixArtConfig",
@@ -13,4 +15,5 @@ __all__ = [
     "PixArt_XL_2",
     "build_model",
     "model_names",
+    "pad_captions",
 ]

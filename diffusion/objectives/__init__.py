@@ -1,6 +1,6 @@
 """What one training step minimises."""
 
-from diffusion.objectives.captions import NULL_CAPTIONS, drop_captions
+from diffusion.objectives.captions import drop_captions
 from diffusion.objectives.denoising import (
     DenoisingObjective,
     LatentBatch,
@@ -12,7 +12,6 @@ from diffusion.objectives.denoising import (
 )
 
 __all__ = [
-    "NULL_CAPTIONS",
     "DenoisingObjective",
     "LatentBatch",
     "LossOutput",

@@ -9,16 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NULL_CAPTIONS = ("t5_empty", "stored")
-
-
-def pad_captions(caption_embeds: Tensor, caption_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Pad (B, L, C) embeds with zeros and (B, L) mask with False to at least `length` tokens."""
-    missing = length - caption_embeds.shape[1]
-    if missing <= 0:
-        return caption_embeds, caption_mask
-    embeds = torch.nn.functional.pad(caption_embeds, (0, 0, 0, missing))
-    return embeds, torch.nn.functional.pad(caption_mask, (0, missing))
+from diffusion.models import pad_captions
 
 
 def drop_captions(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class CaptionEncoder:
         tokenizer_folder, encoder_folder = text_folders(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
-            loaded: Any = T5EncoderModel.from_pretrained(
-                str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True
-            )
+            with _quiet_loading():
+                loaded: Any = T5EncoderModel.from_pretrained(
+                    str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True
+                )
             model, loading = loaded
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -121,6 +123,20 @@ class CaptionEncoder:
         mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
         embeds = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, C)
         return embeds.to(self.dtype), mask
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without the bar that transformers draws for the weights of every model, however small."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def text_folders(folder: str | Path) -> tuple[Path, Path]:

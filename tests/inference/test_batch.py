@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import os
 import runpy
 import subprocess
@@ -149,3 +150,39 @@ def test_help_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_an_interrupted_call_goes_on_and_other_settings_draw_anew(
+    pipeline: PixArtPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a cat", "a car", "a dog"]
+    drawn: list[str] = []
+    call = PixArtPipeline.__call__
+
+    def counted(self: PixArtPipeline, prompt: list[str], **options: object) -> object:
+        drawn.extend(prompt)
+        return call(self, prompt, **options)
+
+    counted.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    monkeypatch.setattr(PixArtPipeline, "__call__", counted)
+
+    def sample(**settings: object) -> list[Path]:
+        options = {"num_inference_steps": 2, **settings}
+        return sample_to_folder(pipeline, prompts, tmp_path, model="tiny", grid=True, settings=options)[0]
+
+    first = sample()
+    stamps = [path.stat().st_mtime_ns for path in first]
+    first[1].write_bytes(first[1].read_bytes()[:50])  # cut off while it was copied
+    drawn.clear()
+    again = sample()
+    assert drawn == ["a car"]
+    assert again[1].name == "001-a-car-2.png"
+    assert [path.stat().st_mtime_ns for path in (again[0], again[2])] == [stamps[0], stamps[2]]
+    for other in ({"height": 48, "width": 48}, {"negative_prompt": "grey"}, {"guidance_scale": 2.0}):
+        drawn.clear()
+        assert set(sample(**other)).isdisjoint(first)
+        assert drawn == prompts
+    drawn.clear()
+    assert sample() == again
+    assert drawn == []
+    assert len(list(tmp_path.glob("grid*.png"))) == 5  # the mended one has another picture name

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,23 +109,55 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torch.distributed.run", pytest.param("torch.distributed.launch", marks=pytest.mark.slow)]
-)
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
+    "torch.distributed.launch": ["torch.distributed.launch", "--nproc_per_node=2", "--master_port={port}"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port={port}"],
+}
+
+
+def train_program(config: Path, work_dir: Path, *options: str) -> list[str]:
+    program = ["train_scripts/train.py", str(config), "--work-dir", str(work_dir), "--report_to", "none"]
+    return [*program, "--cfg-options", *options]
+
+
+def run_program(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **settings
+    )
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", *(pytest.param(n, marks=pytest.mark.slow) for n in [*LAUNCHERS][1:])])
 def test_two_processes_equal_one(launcher: str, config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, ["max_steps=4"]), tmp_path / "one")
-    command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += ["train_scripts/train.py", str(config_file), "--work-dir", str(tmp_path / "two"), "--report_to", "none"]
-    command += ["--cfg-options", "train_batch_size=2", "max_steps=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    command = ["-m", *(part.format(port=free_port()) for part in LAUNCHERS[launcher])]
+    done = run_program([*command, *train_program(config_file, tmp_path / "two", "train_batch_size=2", "max_steps=4")])
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 x cpu" in done.stdout
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert set(one) == set(two) == {1, 2, 3, 4}
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=1e-5)
     norms = curve(tmp_path / "one", "grad_norm"), curve(tmp_path / "two", "grad_norm")
     assert norms[1][4] == pytest.approx(norms[0][4], rel=1e-4)
+
+
+def test_a_full_disk_ends_the_run_with_74_and_keeps_what_was_saved(config_file: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 1 MB, as on a full disk; a checkpoint of this model has larger ones."""
+    assert run_program(train_program(config_file, tmp_path / "run", "max_steps=3")).returncode == 0
+
+    def full_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = train_program(config_file, tmp_path / "run", "max_steps=12", "save_model_steps=2")
+    done = run_program([*command, "resume_from.checkpoint=latest"], preexec_fn=full_disk)
+    assert done.returncode == 74, done.stderr[-2000:]
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("was not saved") == 3
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-3"]
 
 
 def test_training_learns_and_validates(config_file: Path, tmp_path: Path) -> None:
@@ -181,10 +216,7 @@ def test_wrong_starting_points(config_file: Path, tmp_path: Path, parts: Path) -
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "train_scripts/train.py", str(tmp_path / "none.py")]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = run_program(["train_scripts/train.py", str(tmp_path / "none.py")])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "none.py: no such config file" in done.stderr
