@@ -69,7 +69,7 @@ def measure(kind: str, files: Path) -> dict[str, float]:
 
     from diffusion.checkpoints import load_transformer
     from diffusion.config import load_config
-    from diffusion.training.building import build_network, load_starting_weights
+    from diffusion.training.building import build_network
 
     torch.set_grad_enabled(False)
     config = load_config("configs/pixart_config/PixArt_xl2_img1024_internalms.py", notify=lambda line: None)
@@ -78,8 +78,7 @@ def measure(kind: str, files: Path) -> dict[str, float]:
     if kind == "folder":
         model = load_transformer(files / "folder")
     else:
-        model = build_network(config)
-        load_starting_weights(model, files / ("folder" if kind == "training_folder" else "model.pth"))
+        model = build_network(config, files / ("folder" if kind == "training_folder" else "model.pth"))
     checksum = sum(float(parameter.sum()) for parameter in model.parameters())  # touches every page
     return {"seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes() - before, "checksum": checksum}
 

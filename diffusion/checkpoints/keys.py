@@ -90,17 +90,17 @@ def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Exact inverse of `native_to_diffusers`.
+    """Exact inverse of `native_to_diffusers`. Each weight is asked for once, so `state_dict` may read a file on demand.
 
     Raises:
         CheckpointError: unknown keys, or a part of a fused projection missing, all listed.
     """
     result: dict[str, Tensor] = {}
     problems = []
-    for key, tensor in state_dict.items():
+    for key in state_dict:
         template, index = _template(key)
         if template in _BACKWARD:
-            result[_BACKWARD[template].replace("{i}", index)] = tensor
+            result[_BACKWARD[template].replace("{i}", index)] = state_dict[key]
         elif template in _JOIN:
             native, parts = _JOIN[template]
             names = [part.replace("{i}", index) for part in parts]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,12 +47,38 @@ def find_transformer_folder(path: str | Path, *, ema: bool = False) -> Path:
     )
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped; damaged or missing files raise CheckpointError."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy or download it again") from error
+class _TensorFile(Mapping[str, Tensor]):
+    """A safetensors file whose tensors are read when they are asked for, each into memory of its own.
+
+    Joining parts into one weight then holds one copy of the weights, not two, and a file that is replaced later cannot
+    change a model. Raises CheckpointError when the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # safetensors before 0.8 always maps the file, whose pages count twice until the load is done.
+        in_place = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
+        with self._explained():
+            self._file = safe_open(path, framework="pt", **in_place)
+            self._keys = list(self._file.keys())
+
+    def __getitem__(self, key: str) -> Tensor:
+        with self._explained():
+            tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._path} cannot be read ({error}); copy or download it again") from error
 
 
 def read_native(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
@@ -111,10 +139,10 @@ def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConf
         config = config_from_diffusers(json.loads((folder / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    state_dict = diffusers_to_native(read_safetensors(folder / WEIGHTS_NAME))
+    state_dict = diffusers_to_native(_TensorFile(folder / WEIGHTS_NAME))
     null_caption = folder / NULL_CAPTION_NAME
     if null_caption.is_file():
-        state_dict |= read_safetensors(null_caption)
+        state_dict |= _TensorFile(null_caption)
         config = replace(config, model_max_length=state_dict["y_embedder.y_embedding"].shape[0])
     return config, state_dict
 

@@ -102,7 +102,12 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels: int, width: int, max_length: int) -> None:
         super().__init__()
         self.y_proj = Mlp(caption_channels, hidden_features=width, out_features=width, act_layer=ApproxGelu)
-        self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / caption_channels**0.5)
+        self.register_buffer("y_embedding", torch.empty(max_length, caption_channels))
+        self.reset_null_caption()
+
+    def reset_null_caption(self) -> None:
+        """Draw the null caption: normal, of about unit length a token."""
+        torch.nn.init.normal_(self.y_embedding, std=self.y_embedding.shape[1] ** -0.5)
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
         """(B, L, caption_channels) -> (B, L, D)."""

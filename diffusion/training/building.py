@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion.checkpoints import find_transformer_folder, load_weights, read_native, read_transformer
+from diffusion.checkpoints import load_weights, materialize_buffers, read_native, read_transformer
 from diffusion.config import TrainConfig
 from diffusion.data import build_dataset
 from diffusion.errors import ConfigError, DataError
@@ -36,30 +37,37 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def build_network(config: TrainConfig) -> PixArt:
-    """A fresh network with the config's precision and memory options.
+def build_network(config: TrainConfig, start: str | Path | None = None) -> PixArt:
+    """A network with the config's precision and memory options, in float32 on the CPU.
 
+    Args:
+        start: diffusers folder, `checkpoint-N` or native `.pth` with its weights, loaded strictly and held once; None =
+            initial weights from torch's global generator.
     Raises:
         ConfigError: unknown model name, or sizes that do not divide.
+        CheckpointError: nothing to read, or every weight that does not fit, listed.
     """
-    model = build_model(config.model, **model_options(config))
+    with torch.device("meta") if start is not None else contextlib.nullcontext():
+        model = build_model(config.model, **model_options(config))
+    if start is not None:
+        _load_starting_weights(model, start)
     model.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
     model.use_fp32_attention(config.fp32_attention)
     return model
 
 
-def load_starting_weights(model: PixArt, path: str | Path, *, ema: bool = False) -> None:
-    """Copy weights from a diffusers folder, a `checkpoint-N` or a native `.pth` into a network; strict.
-
-    Raises:
-        CheckpointError: nothing to read, or every weight that does not fit, listed.
-    """
+def _load_starting_weights(model: PixArt, path: str | Path) -> None:
+    """Give a network on the meta device the weights of a file; a null caption that the file lacks is drawn anew."""
     if Path(path).suffix in (".pth", ".pt", ".bin"):
-        state_dict = read_native(path, ema=ema)
+        state_dict = read_native(path)
     else:
-        find_transformer_folder(path, ema=ema)
-        _, state_dict = read_transformer(path, ema=ema)
-    load_weights(model, state_dict, path)
+        _, state_dict = read_transformer(path)
+    load_weights(model, state_dict, path, assign=True)
+    has_null_caption = not model.y_embedder.y_embedding.is_meta
+    materialize_buffers(model)
+    if not has_null_caption:
+        model.y_embedder.reset_null_caption()
+    model.float()
 
 
 def build_training_data(config: TrainConfig, split: str | None = None) -> Any:

@@ -20,7 +20,7 @@ from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
 from diffusion.errors import ConfigError, NumericalError, StorageError
 from diffusion.objectives import Objective
-from diffusion.training.building import build_network, build_training_data, load_starting_weights
+from diffusion.training.building import build_network, build_training_data
 from diffusion.training.distributed import Ranks
 from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
@@ -78,11 +78,9 @@ class Trainer:
         self.objective = make_objective(config, self.dataset)
         self.sampler = self._build_sampler()
         torch.manual_seed(config.seed)  # of the initial weights; every later draw is keyed by its sample number
-        network = build_network(config).to(self.ranks.device)
         self.resumed_from = self._find_checkpoint(resume_from)
-        start = load_from or config.load_from
-        if self.resumed_from is None and start is not None:
-            load_starting_weights(network, start)
+        start = (load_from or config.load_from) if self.resumed_from is None else None
+        network = build_network(config, start).to(self.ranks.device)
         self.state = self._build_state(network)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
