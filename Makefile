@@ -46,6 +46,8 @@ bench: install  ## timings of this machine into benchmarks/results
 	$(PY) benchmarks/bench_store.py
 	$(PY) benchmarks/bench_load.py
 	$(PY) benchmarks/bench_sampling_cpu.py
+	$(PY) tools/extract_features.py data/emoji --out $(FEATURES) --limit 160
+	$(PY) benchmarks/bench_training_cpu.py
 
 clean:  ## remove the environment and build files, not your data or runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

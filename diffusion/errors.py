@@ -71,23 +71,34 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_PATH_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry script: `PixArtError` and disk errors become one line on stderr and an exit code.
+    """Run an entry script: `PixArtError`, disk errors and unusable paths become one line on stderr and an exit code.
 
     `PIXART_DEBUG=1` shows the traceback as well.
     """
     try:
         main()
     except (PixArtError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRNOS:
+        explained = _explain(error)
+        if explained is None or os.environ.get("PIXART_DEBUG") == "1":
             raise
-        if os.environ.get("PIXART_DEBUG") == "1":
-            raise
-        code = error.exit_code if isinstance(error, PixArtError) else EXIT_STORAGE
-        print(f"error: {' '.join(str(error).split(chr(10)))}", file=sys.stderr)
+        code, line = explained
+        print(f"error: {' '.join(line.split(chr(10)))}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _explain(error: PixArtError | OSError) -> tuple[int, str] | None:
+    """Exit code and line of an error that the user can mend; None for others, which keep their traceback."""
+    if isinstance(error, PixArtError):
+        return error.exit_code, str(error)
+    if error.errno in _DISK_ERRNOS:
+        return EXIT_STORAGE, str(error)
+    if error.errno in _PATH_ERRNOS and error.filename is not None:
+        return EXIT_USER_ERROR, f"{error.filename} cannot be used ({error.strerror}); choose another path or mend it"
+    return None

@@ -6,13 +6,22 @@ torchrun --nproc-per-node 8 train_scripts/train.py CONFIG --work-dir DIR --resum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusion.config import config_overrides, load_config, train_parser
 from diffusion.errors import run_cli
 
 
+def registered_models() -> Sequence[str]:
+    """Names a config may give as `model`; imports torch."""
+    from diffusion.models import model_names
+
+    return model_names()
+
+
 def main() -> None:
     args = train_parser(__doc__).parse_args()
-    config = load_config(args.config, config_overrides(args))
+    config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
 
     from diffusion.training import Reporting, Trainer, denoising_objective
 

@@ -33,7 +33,7 @@ def load_config(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    choices: Mapping[str, Sequence[str]] | None = None,
+    choices: Mapping[str, Callable[[], Sequence[str]]] | None = None,
     notify: Callable[[str], None] = print_notice,
 ) -> TrainConfig:
     """Read, override and validate a training config.
@@ -42,7 +42,8 @@ def load_config(
         path: a .py file in mmcv's config syntax (`_base_` paths are relative to the file, `_delete_=True` replaces
             an inherited dict), which is executed; or the config.json of a run folder, which is only read.
         overrides: 'a.b=value' strings; a later one wins.
-        choices: allowed values of top-level string keys that only the caller knows, e.g. {"model": model_names()}.
+        choices: allowed values of top-level string keys that only the caller knows, e.g. {"model": model_names}; called
+            when all else is right, since finding them out may import torch.
         notify: receives one line with the files and their sha256, and one per group of ignored keys.
     Raises:
         ConfigError: one line naming key, value, the file (or --cfg-options) that set it and the nearest valid name.
@@ -68,7 +69,7 @@ def load_config(
     except ValidationError as error:
         raise explain(error, TrainConfig, lambda key: locate(key, chain, overridden)) from None
     for key, allowed in (choices or {}).items():
-        check_choice(key, getattr(config, key), allowed, locate((key,), chain, overridden))
+        check_choice(key, getattr(config, key), allowed(), locate((key,), chain, overridden))
     return config
 
 

@@ -165,10 +165,10 @@ def test_long_values_are_shortened(config_file: Path) -> None:
 
 def test_choices_known_to_the_caller(config_file: Path) -> None:
     names = ["PixArt_XL_2", "PixArtMS_XL_2"]
-    assert load_config(config_file, choices={"model": names}, notify=print).model == "PixArt_XL_2"
+    assert load_config(config_file, choices={"model": lambda: names}, notify=print).model == "PixArt_XL_2"
     config_file.write_text(BASE + "model = 'PixArt_XL2'\n")
     with pytest.raises(ConfigError, match=r"config\.py:5: model='PixArt_XL2' .*did you mean 'PixArt_XL_2'\?"):
-        load_config(config_file, choices={"model": names}, notify=print)
+        load_config(config_file, choices={"model": lambda: names}, notify=print)
     assert check_choice("model", "PixArt_XL_2", names, "x") == "PixArt_XL_2"
     with pytest.raises(ConfigError, match=r"^somewhere: model='cat' must be one of 'PixArt_XL_2', 'PixArtMS_XL_2'$"):
         check_choice("model", "cat", names, "somewhere")

@@ -1,0 +1,80 @@
+"""The commands and the code of the README, typed as they stand; only sizes are cut where a CPU would take hours."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What is appended to a command that begins so. None: it is not run here, for the reason beside it.
+SMALL_TRAINING = "train_batch_size=4 max_steps=1 num_workers=0 mixed_precision=no validation.prompts=[]"
+APPENDED: dict[str, str | None] = {
+    "make": None,  # the continuous integration calls the targets themselves
+    "pip install": None,  # would change the environment that runs this test; `make install` does the same
+    "python scripts/inference.py": "--step 2",
+    "python tools/extract_features.py": "--limit 48",
+    "python train_scripts/train.py": f"--cfg-options {SMALL_TRAINING}",
+    "torchrun": SMALL_TRAINING,  # ends with --cfg-options already
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [" ".join(shlex.split(line, comments=True, posix=False)) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This repository with an output folder of its own."""
+    for path in ROOT.iterdir():
+        if path.name not in ("output", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/pretrained_models").symlink_to(ROOT / "output/pretrained_models")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_commands(checkout: Path) -> None:
+    ran = 0
+    for command in commands():
+        known = [start for start in APPENDED if command.startswith(start)]
+        assert known, f"README command {command!r} has no entry in APPENDED"
+        if (appended := APPENDED[known[0]]) is not None:
+            run(["bash", "-c", f"{command} {appended}"], checkout)
+            ran += 1
+    assert ran >= 5
+    assert (checkout / "output/features/emoji-256/manifest.json").is_file()
+    assert (checkout / "output/emoji/checkpoints/checkpoint-1/transformer_ema/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_python_code(checkout: Path) -> None:
+    for code in blocks("python"):
+        run([sys.executable, "-c", code], checkout)
+    assert (checkout / "apple.png").stat().st_size > 1000
+
+
+def test_every_link_leads_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(targets) >= 4
+    assert [target for target in targets if not (ROOT / target).exists()] == []
