@@ -25,13 +25,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the free prompts (default 0)")
     args = parser.parse_args()
 
+    from diffusion.evaluation.free_prompts import read_free_prompts
     from diffusion.training.text_corpus import build_corpus, read_emojibase, read_train_captions, read_word_list
     from diffusion.training.text_teacher import write_teacher_file
 
+    kept = [prompt.prompt for prompt in read_free_prompts(args.data / "free_prompts.jsonl")]
     captions = read_train_captions(args.data / "metadata.jsonl")
     words = read_word_list(args.teacher / "vocab.txt")
-    corpus = build_corpus(captions, read_emojibase(args.emojibase), words, size=args.size, seed=args.seed)
-    kept = write_teacher_file(
+    entries = read_emojibase(args.emojibase)
+    corpus = build_corpus(captions, entries, words, size=args.size, seed=args.seed, excluded=kept)
+    share = write_teacher_file(
         corpus.texts,
         corpus.pairs,
         corpus.held_out,
@@ -40,7 +43,7 @@ def main() -> None:
         components=args.components,
         device=args.device,
     )
-    print(f"{len(corpus.texts)} texts, {kept:.1%} of the embeddings' squared length kept: {args.output}")
+    print(f"{len(corpus.texts)} texts, {share:.1%} of the embeddings' squared length kept: {args.output}")
 
 
 if __name__ == "__main__":

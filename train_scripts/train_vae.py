@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=256, help="side of the training crops in pixels (default 256)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
     parser.add_argument("--kl-weight", type=float, default=1e-5, help="factor of the KL term (default 1e-5)")
+    parser.add_argument("--detail-weight", type=float, default=0.0, help="factor of the fine-detail term (default 0)")
+    parser.add_argument("--start", type=Path, help="go on from this vae folder")
+    parser.add_argument("--decoder-only", action="store_true", help="with --start: keep its encoder and latents")
     parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (warm-up counts as time)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -36,6 +39,7 @@ def main() -> None:
         crop=args.crop,
         learning_rate=args.lr,
         kl_weight=args.kl_weight,
+        detail_weight=args.detail_weight,
         steps=args.steps,
         seconds=args.seconds,
     )
@@ -47,6 +51,8 @@ def main() -> None:
         seed=args.seed,
         compile_model=args.compile,
         limit=args.limit,
+        start=args.start,
+        decoder_only=args.decoder_only,
     )
     print({key: value for key, value in metrics.items() if key != "history"})
     print(f"vae: {args.output}")

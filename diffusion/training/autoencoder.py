@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import ConfigError, DataError, NumericalError
+from diffusion.images import load_vae
+from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of the network and of its training.
 
-    `kl_weight`: factor of the KL divergence, a mean over latent elements. `edge_weight`: factor of the gradient loss.
+    `kl_weight`: factor of the KL divergence, a mean over latent elements. `edge_weight`, `detail_weight`: factors of
+    the losses of those names (see `autoencoder_losses`).
     `crop`: side in pixels of the training crops; the network is convolutional, so small crops cost less per update.
     `steps` or `seconds` ends training; the learning rate follows the share that is done.
     """
@@ -41,6 +44,7 @@ class AutoencoderConfig:
     warmup_steps: int = 100
     kl_weight: float = 1e-5
     edge_weight: float = 1.0
+    detail_weight: float = 0.0
     ema_rate: float = 0.998
     steps: int | None = None
     seconds: float | None = None
@@ -130,22 +134,6 @@ def augment(pixels: Tensor, crop: int, generator: torch.Generator) -> Tensor:
     plain = torch.arange(3, device=device).expand(count, 3)
     order = torch.where(draw(count, 1) < 0.3, order, plain)
     return moved.gather(1, order[:, :, None, None].expand(-1, -1, crop, crop))
-
-
-def edge_loss(found: Tensor, wanted: Tensor, scales: int = 3) -> Tensor:
-    """Mean absolute difference of horizontal and vertical gradients, averaged over `scales` halvings."""
-    total = found.new_zeros(())
-    for scale in range(scales):
-        if scale:
-            found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
-        for axis in (2, 3):
-            total = total + (found.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
-    return total / (2 * scales)
-
-
-def kl_loss(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of N(mean, exp(log_variance)) from N(0, 1), mean over elements, in nats."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
 class AutoencoderObjective(nn.Module):
@@ -245,7 +233,8 @@ def _fit(
     cuda = torch.device(device).type == "cuda"
     layout = torch.channels_last if cuda else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    trainable = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     side = config.crop // 2 ** (len(config.channels) - 1)
     started, step = time.monotonic(), 0
     # Compilation is inside the time limit: the limit is what the caller pays for.
@@ -258,14 +247,16 @@ def _fit(
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cuda):
             found, mean, log_variance = objective(pixels, noise)
         pixel, edge, kl = (found - pixels).abs().mean(), edge_loss(found, pixels), kl_loss(mean, log_variance)
-        loss = pixel + config.edge_weight * edge + config.kl_weight * kl
+        detail = detail_loss(found, pixels)
+        loss = pixel + config.edge_weight * edge + config.detail_weight * detail + config.kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         average.update(vae)
         if step % log_every == 0:
-            entry = {"step": step, "loss": loss.item(), "pixel": pixel.item(), "edge": edge.item(), "kl": kl.item()}
+            parts = {"loss": loss, "pixel": pixel, "edge": edge, "detail": detail, "kl": kl}
+            entry = {"step": step, **{name: part.item() for name, part in parts.items()}}
             if not math.isfinite(entry["loss"]):
                 raise NumericalError(f"autoencoder loss is {entry['loss']} at step {step}; use a lower learning rate")
             log({**entry, "seconds": time.monotonic() - started})
@@ -286,21 +277,35 @@ def train_autoencoder(
     compile_model: bool = False,
     limit: int | None = None,
     log_every: int = 50,
+    start: Path | None = None,
+    decoder_only: bool = False,
 ) -> dict[str, Any]:
     """Train on the train split alone, write `output` (fp16 AutoencoderKL folder) and `output/../vae_metrics.json`.
 
     Held-out and reserved pictures are never seen, so the held-out PSNR is honest. Figures are those of the stored fp16
     weights, run in float32. With `config.steps` and a CPU the result depends on the seed alone.
 
-    Returns the metrics.
+    Args:
+        start: folder of a VAE to go on from; its shape counts, not the config's.
+        decoder_only: leave the encoder and its latents as they are, so that models trained on them stay valid.
+    Returns:
+        the metrics.
+    Raises:
+        ConfigError: decoder_only without a start. DataError: pictures that are too small or not square.
     """
+    if decoder_only and start is None:
+        raise ConfigError("decoder_only needs a start: the VAE whose latents stay")
     train = load_pictures(data, "train", limit=limit).to(device)
     heldout = load_pictures(data, "heldout", limit=limit)
     if train.shape[2] != train.shape[3] or train.shape[2] < config.crop:
         raise DataError(f"{data}: pictures of {tuple(train.shape[2:])} px; square ones of {config.crop} px are needed")
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    vae = build_autoencoder(config, train.shape[2]).to(device)
+    vae = build_autoencoder(config, train.shape[2]) if start is None else load_vae(start).requires_grad_(True)
+    vae = vae.to(device)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     if torch.device(device).type == "cuda":
         vae = vae.to(memory_format=torch.channels_last)
     history: list[dict[str, float]] = []
@@ -317,7 +322,7 @@ def train_autoencoder(
     seconds = round(time.monotonic() - started, 1)
     vae.eval()
     mean, std, noise = latent_statistics(vae, train, device=device)
-    factor = equalize_latents(vae, mean, std)
+    factor = vae.config.scaling_factor if decoder_only else equalize_latents(vae, mean, std)
     vae.half().save_pretrained(str(output))
     vae.float()
     mean_after, std_after, _ = latent_statistics(vae, train, device=device)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
+from diffusion.evaluation.free_prompts import normalised, read_free_prompts
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey golden silver turquoise beige cyan".split()
 MOODS = (
@@ -151,8 +153,78 @@ def _caption_texts(entries: Iterable[dict[str, Any]], rng: random.Random) -> lis
     return texts
 
 
+def caption_variants(row: dict[str, Any], count: int, seed: int, excluded: Sequence[str] = ()) -> list[str]:
+    """Up to `count` further true captions of a row of the bundled metadata, in everyday words.
+
+    The concept in a template, alone or with one to three keywords before or behind it, or two to four keywords; each
+    names the skin tone if there is one. What says the same as an `excluded` text is left out.
+    """
+    rng = random.Random(f"{seed}/{row['file_name']}")
+    keywords = _keywords_of(row)
+    known = {normalised(text) for text in (*row["captions"], *excluded)}
+    variants: dict[str, str] = {}
+    for _ in range(8 * count):
+        caption = _variant(row["concept"], keywords, row["skin_tone"], rng)
+        if normalised(caption) not in known:
+            variants.setdefault(normalised(caption), caption)
+        if len(variants) == count:
+            break
+    return list(variants.values())
+
+
+def add_captions(source: Path, output: Path, count: int, seed: int) -> tuple[int, int]:
+    """Write a copy of an ImageFolder whose training rows have up to `count` more captions.
+
+    Prompts of `source/free_prompts.jsonl` are left out. Returns the numbers of pictures and captions.
+
+    Raises:
+        DataError: unreadable metadata, or `output` holds a data set already.
+    """
+    if (output / "metadata.jsonl").exists():
+        raise DataError(f"{output} holds a data set already; choose another folder or remove it")
+    kept = [prompt.prompt for prompt in read_free_prompts(source / "free_prompts.jsonl")]
+    try:
+        rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source / 'metadata.jsonl'} cannot be read ({error})") from error
+    output.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if row["split"] == "train":
+            row["captions"] = [*row["captions"], *caption_variants(row, count, seed, kept)]
+        (output / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / row["file_name"], output / row["file_name"])
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (output / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return len(rows), sum(len(row["captions"]) for row in rows)
+
+
+def _keywords_of(row: dict[str, Any]) -> list[str]:
+    """The second caption is the label and its keywords, set off by a comma or a colon."""
+    return [word for word in row["captions"][1][len(row["text"]) :].lstrip(":, ").split(", ") if word]
+
+
+def _variant(concept: str, keywords: Sequence[str], skin_tone: str, rng: random.Random) -> str:
+    some = rng.sample(list(keywords), min(len(keywords), rng.randint(1, 4)))
+    name = concept.replace(": ", ", ")
+    forms = [rng.choice(LABEL_TEMPLATES).format(name), f"{' '.join(some[:2])} {name}", f"{name}, {', '.join(some[:3])}"]
+    if len(some) >= 2:
+        forms.append(rng.choice((" ", ", ")).join(some))
+    caption = rng.choice(forms)
+    if not skin_tone:
+        return caption
+    return caption + rng.choice((", {0} skin tone", " with {0} skin", ", {0} skin", ": {0} skin tone")).format(
+        skin_tone
+    )
+
+
 def build_corpus(
-    captions: Sequence[str], entries: Sequence[dict[str, Any]], words: Sequence[str], *, size: int, seed: int
+    captions: Sequence[str],
+    entries: Sequence[dict[str, Any]],
+    words: Sequence[str],
+    *,
+    size: int,
+    seed: int,
+    excluded: Sequence[str] = (),
 ) -> TextCorpus:
     """Captions, labels, keywords and single words, filled up with free prompts to `size` distinct texts.
 
@@ -162,6 +234,7 @@ def build_corpus(
         words: everyday words, frequent first; all become texts, the first 5,000 also stand in free prompts.
         size: number of texts; less when captions and words alone are fewer than the free prompts can fill.
         seed: same arguments and seed, same corpus.
+        excluded: texts that are kept for evaluation; nothing that says the same (`normalised`) enters the corpus.
     Raises:
         DataError: `size` is too small for the captions and labels.
     """
@@ -169,19 +242,22 @@ def build_corpus(
     named = [entry for entry in entries if entry.get("group") != _FLAG_GROUP]
     nouns = [entry["label"] for entry in named] + [tag for entry in named for tag in entry.get("tags", [])]
     eatable = [entry["label"] for entry in entries if entry.get("group") in _ANIMAL_AND_FOOD_GROUPS] or nouns
-    texts = dict.fromkeys(" ".join(text.lower().split()) for text in (*captions, *_caption_texts(entries, rng), *words))
-    texts.pop("", None)
+    forbidden = {normalised(text) for text in excluded}
     named_pairs = [(e["label"].lower(), ", ".join(e["tags"]).lower()) for e in entries if e.get("tags")]
-    texts.update(dict.fromkeys(keywords for _, keywords in named_pairs))
+    fixed = (*captions, *_caption_texts(entries, rng), *words, *(keywords for _, keywords in named_pairs))
+    spaced = (" ".join(text.lower().split()) for text in fixed)
+    texts = dict.fromkeys(text for text in spaced if text and normalised(text) not in forbidden)
     if len(texts) > size:
         raise DataError(f"corpus size {size} cannot hold {len(texts)} captions and words; use at least that many")
     common = list(words[:5000]) or nouns
     attempts = 0
     while len(texts) < size and attempts < 20 * size:
         attempts += 1
-        texts.setdefault(" ".join(free_prompt(rng, nouns, eatable, common).lower().split()))
+        text = " ".join(free_prompt(rng, nouns, eatable, common).lower().split())
+        if normalised(text) not in forbidden:
+            texts.setdefault(text)
     ordered = list(texts)
     index = {text: number for number, text in enumerate(ordered)}
-    pairs = [(index[label], index[keywords]) for label, keywords in named_pairs]
+    pairs = [(index[a], index[b]) for a, b in named_pairs if a in index and b in index]
     held = {side for pair in pairs[::20] for side in pair} | set(range(0, len(ordered), 100))
     return TextCorpus(ordered, pairs, sorted(held))

@@ -22,8 +22,10 @@ MAY_IMPORT = {
     "data": {"process", "features", "images"},
     "checkpoints": {"models"},
     "inference": {"models", "process", "text", "images", "checkpoints"},
+    "evaluation": {"models", "process", "text", "images", "features", "checkpoints", "inference"},
     "training": {
         "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "inference",
+        "evaluation",
     },
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,21 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusion.errors import ConfigError, DataError
 from diffusion.training.autoencoder import (
     AutoencoderConfig,
     augment,
     build_autoencoder,
-    edge_loss,
     equalize_latents,
-    kl_loss,
     latent_statistics,
     load_pictures,
     progress_share,
     reconstruction_psnr,
     train_autoencoder,
 )
+from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
 
 SIDE = 32
 
@@ -135,6 +136,30 @@ def test_edge_loss_sees_blur_and_ignores_an_offset() -> None:
     blurred = torch.nn.functional.avg_pool2d(step, 3, 1, 1, count_include_pad=False)
     assert edge_loss(step + 0.3, step) == pytest.approx(0, abs=1e-6)
     assert edge_loss(blurred, step) > 0.01
+
+
+def test_detail_loss_asks_for_amplitude_and_not_for_phase() -> None:
+    fine = torch.cos(torch.pi * torch.arange(64.0)).expand(1, 3, 64, 64) * 0.2  # half a cycle a pixel
+    assert detail_loss(-fine, fine) == pytest.approx(0, abs=1e-6)
+    assert detail_loss(0.5 * fine, fine) == pytest.approx(math.log(2), rel=0.01)
+    assert detail_loss(fine + 0.5, fine) == pytest.approx(0, abs=1e-5)
+    flat = torch.zeros_like(fine)
+    assert detail_loss(flat + 0.001 * fine, flat) < 0.01, "what an 8-bit picture cannot show must not count"
+    assert detail_loss(flat, fine) > 2
+
+
+def test_decoder_alone_keeps_the_latents(trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+    config = tiny_config(steps=5, detail_weight=0.5)
+    metrics = train_autoencoder(data, tmp_path / "vae", config, start=trained[0], decoder_only=True)
+    before, after = (
+        load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (trained[0], tmp_path / "vae")
+    )
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(key.startswith(("decoder.", "post_quant_conv.")) for key in changed)
+    assert metrics["scaling_factor"] == trained[1]["scaling_factor"]
+    with pytest.raises(ConfigError, match="needs a start"):
+        train_autoencoder(data, tmp_path / "x", config, decoder_only=True)
 
 
 def test_kl_loss_is_the_closed_form() -> None:

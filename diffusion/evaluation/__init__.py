@@ -1,0 +1,1 @@
+"""How good a model's pictures are: retrieval, sharpness, FID, KID, CLIP score."""
