@@ -16,7 +16,7 @@ _INTERNAL = _FEATURES | {"image_list_json"}
 # Keys that each data type reads, beside `type` and `root`. A key set for another type gets a notice: the original
 # configs inherit such keys from their base file.
 KEYS_READ_BY_TYPE: dict[str, frozenset[str]] = {
-    "Store": frozenset({"split", "balance_by"}),
+    "Store": frozenset({"split", "balance_by", "max_captions"}),
     "SAM": _FEATURES | {"image_list_txt"},
     "InternalData": _INTERNAL,
     "InternalDataMS": _INTERNAL,
@@ -40,6 +40,9 @@ class DataConfig(Section):
         default=None,
         description="Store: attribute (such as 'concept') whose values are drawn equally often; None = every row once "
         "an epoch.",
+    )
+    max_captions: int | None = Field(
+        default=None, gt=0, description="Store: draw from the first so many captions of a picture; None = from all."
     )
     image_list_txt: Strings = Field(
         default=(), description="SAM: file names under <root>/partition, one picture name without extension per line."

@@ -33,7 +33,7 @@ def build_dataset(
     kind = data["type"]
     root = _spelled(Path(data_root) / data["root"])
     if kind == "Store":
-        return StoreDataset(root, split=data.get("split"), seed=seed)
+        return StoreDataset(root, split=data.get("split"), seed=seed, max_captions=data.get("max_captions"))
     if not (data["load_vae_feat"] and data["load_t5_feat"]):
         raise ConfigError(f"data.type={kind!r} needs load_vae_feat=True and load_t5_feat=True: extract features first")
     if kind == "SAM":

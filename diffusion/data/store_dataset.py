@@ -18,11 +18,14 @@ class StoreDataset:
 
     Args:
         root: the store; split: value of the `split` attribute, None = all; seed: of the caption choice.
+        max_captions: only the first so many captions of a picture are drawn; None = all.
     Raises:
         DataError: no store there, or no sample in the split.
     """
 
-    def __init__(self, root: str | Path, *, split: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, root: str | Path, *, split: str | None = None, seed: int = 0, max_captions: int | None = None
+    ) -> None:
         self.store, self.seed = FeatureStore(root), seed
         splits = self.store.attribute("split") if split is not None else None
         self.rows = [i for i in range(len(self.store)) if splits is None or splits[i] == split]
@@ -32,7 +35,10 @@ class StoreDataset:
         self.buckets = [all_buckets[row] for row in self.rows]
         self._image_sizes = [tuple(sizes[row]) for row in self.rows]
         keys, counts = self.store.column("key"), self.store.num_captions()
-        self._keys, self._num_captions = [keys[row] for row in self.rows], [counts[row] for row in self.rows]
+        self._keys = [keys[row] for row in self.rows]
+        self._num_captions = [
+            counts[row] if max_captions is None else min(counts[row], max_captions) for row in self.rows
+        ]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -61,6 +61,13 @@ def test_sample_is_the_row_with_the_caption_drawn_by_its_number(root: Path) -> N
     assert drawn == {0, 1, 2, 3}
 
 
+def test_only_the_first_captions_are_drawn_on_request(root: Path) -> None:
+    dataset = StoreDataset(root, seed=7, max_captions=2)
+    lengths = {len(dataset[SampleKey(7, number)].caption_embeds) for number in range(40)}
+    assert lengths == {1 + 7 % 3, 2 + 7 % 3}
+    assert len(dataset[SampleKey(4, 0)].caption_embeds) == 1 + 4 % 3  # it has one only
+
+
 def test_split(root: Path) -> None:
     dataset = StoreDataset(root, split="train")
     assert len(dataset) == 6
