@@ -47,7 +47,7 @@ def find_transformer_folder(path: str | Path, *, ema: bool = False) -> Path:
     )
 
 
-class _TensorFile(Mapping[str, Tensor]):
+class TensorFile(Mapping[str, Tensor]):
     """A safetensors file whose tensors are read when they are asked for, each into memory of its own.
 
     Joining parts into one weight then holds one copy of the weights, not two, and a file that is replaced later cannot
@@ -111,6 +111,17 @@ def load_weights(
     """Strict load into a PixArt; `pos_embed` is computed from the config, and the null caption may be absent.
 
     Raises:
+        CheckpointError: the weights do not fit, see `require_fit`.
+    """
+    given = {key: tensor for key, tensor in state_dict.items() if key != "pos_embed"}
+    require_fit(model, given, source)
+    model.load_state_dict(given, strict=False, assign=assign)
+
+
+def require_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Compare names and shapes with those of a PixArt, which may lie on the meta device.
+
+    Raises:
         CheckpointError: every missing, unexpected and differently shaped weight, in one line.
     """
     expected = {key: tensor for key, tensor in model.state_dict().items() if key != "pos_embed"}
@@ -129,7 +140,6 @@ def load_weights(
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}")
-    model.load_state_dict(given, strict=False, assign=assign)
 
 
 def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConfig, dict[str, Tensor]]:
@@ -139,10 +149,10 @@ def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConf
         config = config_from_diffusers(json.loads((folder / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    state_dict = diffusers_to_native(_TensorFile(folder / WEIGHTS_NAME))
+    state_dict = diffusers_to_native(TensorFile(folder / WEIGHTS_NAME))
     null_caption = folder / NULL_CAPTION_NAME
     if null_caption.is_file():
-        state_dict |= _TensorFile(null_caption)
+        state_dict |= TensorFile(null_caption)
         config = replace(config, model_max_length=state_dict["y_embedder.y_embedding"].shape[0])
     return config, state_dict
 
@@ -193,14 +203,19 @@ def save_transformer(
     config = config_to_diffusers(model.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {key: tensor.contiguous() for key, tensor in native_to_diffusers(state_dict).items()}
-    _save(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS_NAME)
     if stored_null_caption:
         key = "y_embedder.y_embedding"
-        _save({key: state_dict[key].contiguous()}, folder / NULL_CAPTION_NAME, {"format": "pt"})
+        save_tensors({key: state_dict[key].contiguous()}, folder / NULL_CAPTION_NAME)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file, as diffusers marks them.
+
+    Raises:
+        StorageError: it could not be written.
+    """
     try:
-        save_file(dict(tensors), path, metadata=metadata)
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise StorageError(f"{path} could not be written ({error}); free some disk space") from error

@@ -18,6 +18,7 @@ from diffusion.config.schema_parts import (
     KvCompressConfig,
     LrScheduleArgs,
     OptimizerConfig,
+    PosthocEmaConfig,
     ProcessConfig,
     ResumeConfig,
     ValidationConfig,
@@ -95,7 +96,7 @@ class ModelFields(Section):
         "mask (the original's).",
     )
     train_sampling_steps: int = Field(default=1000, gt=0, description="Steps of the noise process.")
-    process: ProcessConfig = Field(default=ProcessConfig(), description="Noise schedule and loss weights.")
+    process: ProcessConfig = Field(default=ProcessConfig(), description="Noise schedule, timesteps and loss weights.")
     snr_loss: bool = Field(
         default=False, description="The original's switch: regress x0 instead of noise for t <= 249."
     )
@@ -136,6 +137,9 @@ class OptimisationFields(Section):
     )
     lr_schedule_args: LrScheduleArgs = Field(default=LrScheduleArgs(), description="Arguments of lr_schedule.")
     ema_rate: float | None = Field(default=0.9999, ge=0, lt=1, description="EMA decay per step; None = no EMA weights.")
+    posthoc_ema: PosthocEmaConfig | None = Field(
+        default=None, description="Snapshots from which an average of any length is made after training; None = none."
+    )
     seed: int = Field(default=43, ge=0, description="Every random draw of the run is a function of this seed.")
 
 

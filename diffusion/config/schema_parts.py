@@ -1,4 +1,4 @@
-"""Nested sections of a training config: optimiser, schedule, noise process, validation, resume, KV compression."""
+"""Nested sections of a training config: optimiser, schedule, averages, noise process, validation, resume, ..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from diffusion.config.section import FloatPair, Integers, Section, Strings, rule_error
+from diffusion.config.section import FloatPair, Floats, Integers, Section, Strings, rule_error
 
 OptimizerType = Literal["AdamW", "Adam", "SGD"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerType)
@@ -60,6 +60,39 @@ class ProcessConfig(Section):
     min_snr_gamma: float | None = Field(
         default=None, gt=0, description="Cap of the min-SNR loss weight (usually 5); None = no weighting."
     )
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="Density of the training timesteps; validation always draws uniformly."
+    )
+    logit_mean: float = Field(
+        default=0.0, description="logit_normal: mean of logit(t / T); below 0 less noise, above 0 more."
+    )
+    logit_std: float = Field(default=1.0, gt=0, description="logit_normal: standard deviation of logit(t / T).")
+
+    @model_validator(mode="after")
+    def _logit_is_read(self) -> Self:
+        for key in ("logit_mean", "logit_std"):
+            if self.timestep_sampling == "uniform" and getattr(self, key) != type(self).model_fields[key].default:
+                raise rule_error(key, "has no effect here; set process.timestep_sampling='logit_normal', or leave it")
+        return self
+
+
+class PosthocEmaConfig(Section):
+    """Averages whose length is chosen after training (arXiv:2312.02696); see tools/posthoc_ema.py."""
+
+    sigma_rels: Floats = Field(
+        default=(0.05, 0.10), description="Lengths of the averages that are kept, as a share of the training time."
+    )
+    snapshot_every_steps: int = Field(
+        gt=0, description="Optimiser steps between snapshots; 20 or more in a run give averages within 1 %."
+    )
+    dtype: Literal["fp16", "fp32"] = Field(default="fp16", description="Precision of the snapshot files.")
+
+    @model_validator(mode="after")
+    def _lengths_are_possible(self) -> Self:
+        lengths = self.sigma_rels
+        if not lengths or len(set(lengths)) < len(lengths) or not all(0 < length < 12**-0.5 for length in lengths):
+            raise rule_error("sigma_rels", "must be different numbers between 0 and 0.288, such as (0.05, 0.1)")
+        return self
 
 
 class ValidationConfig(Section):

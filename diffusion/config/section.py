@@ -31,4 +31,5 @@ def _as_tuple(value: Any) -> Any:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 FloatPair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]

@@ -192,7 +192,7 @@ def write_outcomes(
     for outcome in outcomes:
         chosen = spread(range(len(outcome.pictures)), shown)
         pairs = [_pair(outcome.pictures[i], decode_image(gallery.samples[outcome.nearest[i]].path)) for i in chosen]
-        labels = [("" if outcome.right[i] else "✗ ") + outcome.labels[i] for i in chosen]
+        labels = [("" if outcome.right[i] else "[other] ") + outcome.labels[i] for i in chosen]
         name = "-".join(outcome.figures["name"].replace(",", " ").split())
         labelled_grid(pairs, labels, columns=8).save(folder / f"sheet-{name}.png")
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 
-from diffusion.checkpoints import save_transformer
-from diffusion.errors import CheckpointError, StorageError
+from diffusion.checkpoints import new_folder, save_transformer
+from diffusion.errors import CheckpointError
 from diffusion.inference.solvers import make_scheduler, stock_scheduler
 
 if TYPE_CHECKING:
@@ -61,18 +58,8 @@ def save_pipeline(pipeline: PixArtPipeline, folder: str | Path, dtype: torch.dty
     Raises:
         CheckpointError: the folder exists and is not empty. StorageError: the disk is full or not writable.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists; choose another folder or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}"
-    try:
+    with new_folder(folder) as aside:
         _write_parts(pipeline, aside, dtype)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise StorageError(f"{folder} could not be written ({error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_parts(pipeline: PixArtPipeline, folder: Path, dtype: torch.dtype | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.objectives.captions import drop_captions
-from diffusion.process import GaussianProcess, keyed_normal, keyed_uniform
+from diffusion.process import GaussianProcess, LogitNormal, keyed_normal, keyed_timesteps, keyed_uniform
 from diffusion.process.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 
 
@@ -97,7 +97,7 @@ def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
 
 @dataclass
 class DenoisingObjective:
-    """Noise prediction with learned-range variance on precomputed features.
+    """Noise prediction, with learned-range variance where the network predicts one, on precomputed features.
 
     Args:
         process: the full noise process.
@@ -106,6 +106,8 @@ class DenoisingObjective:
         null_embeds: (L0, C) T5("") for the "t5_empty" convention; None = the model's stored null embedding.
         sample_latents: draw from the VAE posterior (True) or take its mode.
         min_snr_gamma: see `noise_mse`.
+        learn_variance: train predicted variances by the bound; False leaves them as they are.
+        logit_normal: density of the timesteps; None = uniform.
     """
 
     process: GaussianProcess
@@ -114,6 +116,8 @@ class DenoisingObjective:
     null_embeds: Tensor | None = None
     sample_latents: bool = True
     min_snr_gamma: float | None = None
+    learn_variance: bool = True
+    logit_normal: LogitNormal | None = None
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
@@ -121,7 +125,7 @@ class DenoisingObjective:
         shape = batch.latents_mean.shape[1:]
         posterior_noise = keyed_normal(seed, "posterior", numbers, shape) if self.sample_latents else None
         latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
-        timesteps = (keyed_uniform(seed, "timestep", numbers) * self.process.num_timesteps).long()
+        timesteps = keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
         noise = keyed_normal(seed, "noise", numbers, shape)
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         embeds, mask = self.drop_captions(model, batch, drop)
@@ -137,7 +141,7 @@ class DenoisingObjective:
         mse = noise_mse(output[:, :channels], noise, process.snr(timesteps), self.min_snr_gamma)
         metrics = {"mse": mse.detach()}
         loss = mse
-        if output.shape[1] == 2 * channels:
+        if self.learn_variance and output.shape[1] == 2 * channels:
             noise_pred, v = output.float().chunk(2, dim=1)
             vb = variance_bound(process, noise_pred, v, latents, noisy, timesteps)
             metrics["vb"] = vb.detach()

@@ -3,13 +3,16 @@
 from diffusion.process.gaussian import IDDPM, GaussianProcess
 from diffusion.process.randomness import keyed_integer, keyed_normal, keyed_uniform
 from diffusion.process.schedules import NOISE_SCHEDULES, make_betas, spaced_timesteps
+from diffusion.process.timesteps import LogitNormal, keyed_timesteps
 
 __all__ = [
     "IDDPM",
     "NOISE_SCHEDULES",
     "GaussianProcess",
+    "LogitNormal",
     "keyed_integer",
     "keyed_normal",
+    "keyed_timesteps",
     "keyed_uniform",
     "make_betas",
     "spaced_timesteps",

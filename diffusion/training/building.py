@@ -14,7 +14,7 @@ from diffusion.data import build_dataset
 from diffusion.errors import ConfigError, DataError
 from diffusion.models import KVCompression, PixArt, build_model
 from diffusion.objectives import DenoisingObjective
-from diffusion.process import IDDPM
+from diffusion.process import IDDPM, LogitNormal
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
@@ -112,11 +112,15 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
             )
     if config.snr_loss:
         raise ConfigError("snr_loss=True is not offered (it mixes two losses); use process.min_snr_gamma=5")
+    process = config.process
+    skewed = process.timestep_sampling == "logit_normal"
     return DenoisingObjective(
-        process=IDDPM("", config.process.noise_schedule, config.train_sampling_steps),
+        process=IDDPM("", process.noise_schedule, config.train_sampling_steps),
         scale_factor=config.scale_factor,
         class_dropout_prob=config.class_dropout_prob,
         null_embeds=null_embeds,
         sample_latents=config.sample_posterior,
-        min_snr_gamma=config.process.min_snr_gamma,
+        min_snr_gamma=process.min_snr_gamma,
+        learn_variance=config.learn_sigma,
+        logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,15 @@ def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
+@torch.no_grad()
+def blend(average: Mapping[str, Tensor], current: Mapping[str, Tensor], weight: float) -> None:
+    """In place, under the average's keys: average + weight * (current - average); integer tensors are copied."""
+    keys = [key for key, tensor in average.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([average[key] for key in keys], [current[key] for key in keys], weight)
+    for key in average.keys() - set(keys):
+        average[key].copy_(current[key])
+
+
 class WeightAverage:
     """Exponential moving average of parameters and buffers, in float32: avg <- rate * avg + (1 - rate) * value.
 
@@ -79,16 +88,11 @@ class WeightAverage:
         self.num_updates = 0
         self.tensors = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Fold in the current weights."""
         self.num_updates += 1
         rate = min(self.rate, (1 + self.num_updates) / (10 + self.num_updates))
-        current = model.state_dict()
-        averaged = [key for key, tensor in self.tensors.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[k] for k in averaged], [current[k] for k in averaged], 1 - rate)
-        for key in self.tensors.keys() - set(averaged):
-            self.tensors[key].copy_(current[key])
+        blend(self.tensors, model.state_dict(), 1 - rate)
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor], num_updates: int) -> None:

@@ -19,23 +19,37 @@ from diffusion.checkpoints import load_weights, read_transformer, save_transform
 from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArt
+from diffusion.training import posthoc_snapshots
 from diffusion.training.optimization import WeightAverage
+from diffusion.training.posthoc_snapshots import PosthocAverages
 
 TRAINER_FILE = "trainer.json"
 
 
 @dataclass
 class RunState:
-    """The mutable parts of a run. `network` is the bare module; step counts finished optimiser steps."""
+    """The mutable parts of a run. `network` is the bare module; step counts finished optimiser steps.
+
+    `posthoc` is held by the rank that saves, alone.
+    """
 
     network: PixArt
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
+    posthoc: PosthocAverages | None = None
     step: int = 0
 
+    def finish_step(self) -> None:
+        """Count an optimiser step and fold its weights into the averages."""
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.network)
+        if self.posthoc is not None:
+            self.posthoc.update(self.network, self.step)
+
     def save(self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool) -> Path:
-        """Write `root/checkpoint-<step>`: transformer/, transformer_ema/, training_state/, trainer.json.
+        """Write `root/checkpoint-<step>`: transformer/, transformer_ema/, posthoc_ema/, training_state/, trainer.json.
 
         Args:
             facts: of the run (seed, world size, config, ...), kept in trainer.json.
@@ -43,12 +57,15 @@ class RunState:
             StorageError, OSError: the disk is full or failing; nothing is left behind.
         """
         weights = sum(tensor.nbytes for tensor in self.network.state_dict().values())
+        posthoc = 0 if self.posthoc is None else self.posthoc.nbytes
 
         def write(folder: Path) -> None:
             save_transformer(self.network, folder / "transformer", stored_null_caption=stored_null_caption)
             if self.average is not None:
                 with averaged_weights(self.network, self.average):
                     save_transformer(self.network, folder / "transformer_ema", stored_null_caption=stored_null_caption)
+            if self.posthoc is not None:
+                self.posthoc.write(folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
                 state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
@@ -65,11 +82,14 @@ class RunState:
             }
             (folder / TRAINER_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
-        return save_checkpoint(root, self.step, 4 * weights + (1 << 20), write)
+        return save_checkpoint(root, self.step, 4 * weights + posthoc + (1 << 20), write)
 
-    def restore(self, folder: Path) -> dict[str, Any]:
+    def restore(self, folder: Path, *, load_ema: bool = False, resume_optimizer: bool = True) -> dict[str, Any]:
         """Load everything that `save` wrote; returns the content of trainer.json.
 
+        Args:
+            load_ema: the trained weights go on from the averaged ones.
+            resume_optimizer: False starts with fresh moments.
         Raises:
             CheckpointError: the folder is damaged, or belongs to another model.
         """
@@ -77,21 +97,29 @@ class RunState:
         if problem is not None:
             raise CheckpointError(f"{folder} cannot be resumed: {problem}")
         content = json.loads((folder / TRAINER_FILE).read_text())
-        _, weights = read_transformer(folder / "transformer")
-        load_weights(self.network, weights, folder / "transformer")
+        if load_ema and content["ema_updates"] is None:
+            raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
+        _, weights = read_transformer(folder, ema=load_ema)
+        load_weights(self.network, weights, folder)
         if self.average is not None:
             if content["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
             _, averaged = read_transformer(folder / "transformer_ema")
             self.average.load(averaged, content["ema_updates"])
-        state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder / "training_state", no_dist=True)
-        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+        if self.posthoc is not None:
+            self.posthoc.read(folder / posthoc_snapshots.FOLDER, content["step"])
+        if resume_optimizer:
+            self._restore_optimizer(folder / "training_state")
         self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
         return content
+
+    def _restore_optimizer(self, folder: Path) -> None:
+        state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=folder, no_dist=True)
+        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
 
 
 class averaged_weights:

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale, rotate
+from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
-from diffusion.errors import ConfigError, NumericalError, StorageError
+from diffusion.errors import ConfigError, NumericalError
 from diffusion.objectives import Objective
 from diffusion.training.building import build_network, build_training_data
 from diffusion.training.distributed import Ranks
 from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
+from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
+from diffusion.training.saving import Saver, falls_on
 from diffusion.training.state import RunState, averaged_weights
 from diffusion.training.validation import PromptGrid, ValidationLoss
 from diffusion.training.work_dir import WorkDirLock, refuse_existing_run
 
 _AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-# A save that fails is logged and retried at the next interval; after this many in a row the run stops (exit 74).
-_MAX_FAILED_SAVES = 3
 
 
 @dataclass
@@ -86,7 +86,6 @@ class Trainer:
             self._restore(self.resumed_from)
         self.model = self._wrap(network)
         self.total_steps = self._total_steps()
-        self._failed_saves = 0
 
     # ---- building ----
 
@@ -134,15 +133,18 @@ class Trainer:
     def _build_state(self, network: Any) -> RunState:
         config = self.config
         use_scaler = config.mixed_precision == "fp16" and self.ranks.device.type == "cuda"
+        posthoc = config.posthoc_ema if self.ranks.is_main else None
         return RunState(
             network=network,
             optimizer=build_optimizer(network, config, self.global_batch),
             scaler=torch.amp.GradScaler(self.ranks.device.type, enabled=use_scaler),
             average=WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None,
+            posthoc=PosthocAverages(network, posthoc.sigma_rels) if posthoc is not None else None,
         )
 
     def _restore(self, folder: Path) -> None:
-        content = self.state.restore(folder)
+        settings = self.config.resume_from
+        content = self.state.restore(folder, load_ema=settings.load_ema, resume_optimizer=settings.resume_optimizer)
         samples = self.state.step * self.global_batch
         if content["samples_seen"] != samples:
             raise ConfigError(
@@ -163,6 +165,18 @@ class Trainer:
         options: dict[str, Any] = {"device_ids": devices, switch: False}
         return DistributedDataParallel(network, **options)
 
+    def _build_saver(self) -> Saver:
+        return Saver(
+            self.config,
+            self.ranks,
+            self.state,
+            self.work_dir,
+            global_batch=self.global_batch,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+            last_step=self.total_steps,
+            resumed_from=self.resumed_from,
+        )
+
     def _total_steps(self) -> int:
         steps = self.config.num_epochs * self.sampler.steps_per_epoch
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
@@ -174,28 +188,28 @@ class Trainer:
         self._announce()
         self.metrics = self._open_metrics()
         self.validation = self._build_validation()
+        saver = self._build_saver()
         if self.config.validation.at_start and self.state.step == 0:
             self._validate()
         self._base_lr = scaled_learning_rate(self.config, self.global_batch)
-        self._factor = lr_factor(self.config, self.total_steps)
+        # A schedule that is not resumed begins anew and ends with the run.
+        offset = 0 if self.config.resume_from.resume_lr_scheduler else self.state.step
+        factor = lr_factor(self.config, self.total_steps - offset)
+        self._factor = lambda step: factor(step - offset)
         window = _Window(self.ranks.device)
         self.started, self.first_step = time.perf_counter(), self.state.step
-        saved_step = self.state.step if self.resumed_from else -1
         micro_batches = self._micro_batches()
         while self.state.step < self.total_steps:
             window.add(*self._train_step(micro_batches, window))
             step = self.state.step
-            if step % self.config.log_interval == 0 or step == self.total_steps:
+            if falls_on(step, self.config.log_interval, self.total_steps):
                 self._log(window)
-            if self._is_due(step, self.config.validation_every_steps) or step == self.total_steps:
+            if falls_on(step, self.config.validation_every_steps, self.total_steps):
                 with window.paused():
                     self._validate()
-            if self._save_is_due(step):
+            if saver.is_due():
                 with window.paused():
-                    self._save()
-                saved_step = step
-        if saved_step != self.state.step:
-            self._save(last=True)
+                    saver.save()
         self._close()
 
     def _train_step(self, micro_batches: Iterator[Any], window: _Window) -> tuple[Tensor, Tensor]:
@@ -220,9 +234,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        if state.average is not None:
-            state.average.update(state.network)
-        state.step += 1
+        state.finish_step()
         return loss, norm
 
     def _micro_batches(self) -> Iterator[Any]:
@@ -331,42 +343,6 @@ class Trainer:
             self.metrics.picture(step, "validation", picture)
             LOGGER.info("step %d  validation grid: %s", step, path)
         self.ranks.barrier()
-
-    # ---- saving ----
-
-    def _is_due(self, step: int, every: int | None) -> bool:
-        return every is not None and step % every == 0
-
-    def _save_is_due(self, step: int) -> bool:
-        epochs = self.config.save_model_epochs
-        by_epoch = None if epochs is None else epochs * self.sampler.steps_per_epoch
-        return self._is_due(step, self.config.save_model_steps) or self._is_due(step, by_epoch)
-
-    def _save(self, *, last: bool = False) -> None:
-        """Save on the main rank. A full disk does not stop training at once: earlier checkpoints stay valid."""
-        if self.ranks.is_main:
-            try:
-                folder = self.state.save(
-                    self.checkpoints, self._facts(), stored_null_caption=self.config.null_caption == "stored"
-                )
-                self._failed_saves = 0
-                rotate(self.checkpoints, self.config.checkpoints_total_limit, keep=self.resumed_from)
-                LOGGER.info("saved %s", folder)
-            except Exception as error:
-                self._failed_saves += 1
-                LOGGER.error("checkpoint at step %d was not saved: %s", self.state.step, error)
-                if last or self._failed_saves >= _MAX_FAILED_SAVES or not isinstance(error, (StorageError, OSError)):
-                    raise
-        self.ranks.barrier()
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "samples_seen": self.state.step * self.global_batch,
-            "steps_per_epoch": self.sampler.steps_per_epoch,
-            "seed": self.config.seed,
-            "world_size": self.ranks.world_size,
-            "config": self.config.model_dump(mode="json"),
-        }
 
     def _close(self) -> None:
         if self.metrics is not None:

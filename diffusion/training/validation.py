@@ -32,7 +32,8 @@ class ValidationLoss:
 
     def __init__(self, config: TrainConfig, objective: DenoisingObjective, ranks: Ranks) -> None:
         self.ranks, self.seed = ranks, config.validation.seed
-        self.objective = replace(objective, class_dropout_prob=0.0)
+        # Uniform timesteps, whatever training draws: losses of runs that differ in it stay comparable.
+        self.objective = replace(objective, class_dropout_prob=0.0, logit_normal=None)
         dataset = build_training_data(config, split=config.validation.split)
         count = min(config.validation.num_samples, len(dataset))
         groups: dict[object, list[int]] = {}

@@ -232,3 +232,22 @@ def test_tables_leave_out_what_a_row_lacks() -> None:
     table = markdown_table([{"name": "a", "picture_r1": 0.5}, {"name": "b", "concept_r1": 1.0}])
     assert table.splitlines()[2] == "| a | 50.0 % |  |"
     assert table.splitlines()[3] == "| b |  | 100.0 % |"
+
+
+def test_the_program_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+    import sys
+
+    def run(*arguments: str) -> str:
+        sys.argv = ["evaluate.py", *arguments]
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "b.png")
+    folders = ["--generated", str(tmp_path), "--reference", str(tmp_path), "--weights", str(tmp_path / "none.pth")]
+    assert "no Inception weights there; fetch https://" in run("fidelity", *folders)
+    assert "carries no recipe" in run("clip", "--pictures", str(tmp_path), "--model", str(tmp_path))
+    assert "cannot be read" in run("retrieval", "--free_prompts", str(tmp_path / "none.jsonl"))

@@ -10,7 +10,7 @@ import torch
 
 from diffusion.models import PixArt
 from diffusion.objectives import DenoisingObjective, drop_captions, noise_mse, variance_bound
-from diffusion.process import IDDPM
+from diffusion.process import IDDPM, LogitNormal, keyed_normal, keyed_timesteps
 
 
 @dataclass
@@ -98,6 +98,35 @@ def test_loss_does_not_depend_on_how_a_batch_is_split() -> None:
     parts = [objective.loss(network, batch[slice(i, i + 2)], seed=7).loss for i in (0, 2, 4)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
     assert objective.loss(network, batch, seed=8).loss != whole
+
+
+def test_min_snr_weights_the_steps_that_logit_normal_draws() -> None:
+    """The whole loss of a zero network, written out."""
+    batch, density = make_batch(64), LogitNormal(-0.5, 1.2)
+    objective = DenoisingObjective(
+        IDDPM(""), 1.0, min_snr_gamma=5.0, learn_variance=False, logit_normal=density, class_dropout_prob=0.0
+    )
+    network = model()
+    torch.nn.init.zeros_(network.final_layer.linear.weight)
+    found = objective.loss(network, batch, seed=3).metrics["mse"]
+    timesteps = keyed_timesteps(3, batch.sample_numbers, 1000, density)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
+    weight = (5 * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+    assert 0.1 < (weight < 1).double().mean() < 0.9  # both branches are met
+    error = keyed_normal(3, "noise", batch.sample_numbers, (4, 8, 8)).double().square().flatten(1).mean(1)
+    torch.testing.assert_close(found.double(), weight * error, rtol=1e-5, atol=1e-7)
+
+
+def test_without_the_bound_the_variance_is_not_trained() -> None:
+    batch, network = make_batch(4), model()
+    objective = DenoisingObjective(IDDPM(""), 1.0, null_embeds=torch.zeros(1, 24), learn_variance=False)
+    output = objective.loss(network, batch, seed=0)
+    output.loss.backward()
+    assert set(output.metrics) == {"mse"}
+    torch.testing.assert_close(output.loss.detach(), output.metrics["mse"].mean())
+    gradient = network.final_layer.linear.weight.grad.view(2, 2, 8, -1)  # (patch, patch, 2C, D)
+    assert gradient[:, :, :4].abs().min(dim=-1).values.max() > 0
+    assert gradient[:, :, 4:].abs().max() == 0
 
 
 def test_posterior_is_sampled_and_scaled() -> None:

@@ -5,74 +5,21 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from diffusion.checkpoints import save_transformer
-from diffusion.config import TrainConfig, load_config
+from diffusion.config import load_config
 from diffusion.errors import CheckpointError, ConfigError, DataError, WorkDirLockedError
-from diffusion.features import ExtractionSettings, extract_folder
-from diffusion.inference import make_scheduler
 from diffusion.models import PixArt
 from diffusion.training import Reporting, Trainer, denoising_objective
 from diffusion.training.optimization import WeightAverage, lr_factor, parameter_groups, scaled_learning_rate
 from diffusion.training.work_dir import WorkDirLock
-from tests.tiny import write_tiny_pipeline_parts
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline folder and a store of 40 bundled pictures at 32 px."""
-    root = tmp_path_factory.mktemp("parts")
-    write_tiny_pipeline_parts(root / "pipe")
-    make_scheduler("dpm-solver").save_pretrained(root / "pipe" / "scheduler")
-    save_transformer(PixArt(hidden_size=32, num_heads=2, depth=1, caption_channels=32), root / "pipe" / "transformer")
-    extract_folder(
-        ROOT / "data/emoji", root / "store", root / "pipe", ExtractionSettings(image_size=32, dtype="fp32"), limit=40
-    )
-    return root
-
-
-@pytest.fixture
-def config_file(parts: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "config.py"
-    path.write_text(
-        f"data_root = '/'\n"
-        f"data = dict(type='Store', root={str(parts / 'store')!r}, split='train')\n"
-        "image_size = 32\nmodel = 'PixArt_Ti_2'\ncaption_channels = 32\nnull_caption = 't5_empty'\n"
-        f"pipeline_load_from = {str(parts / 'pipe')!r}\n"
-        "train_batch_size = 4\nnum_workers = 0\nmax_steps = 6\nlog_interval = 1\nsave_model_steps = 3\n"
-        "save_model_epochs = None\nmixed_precision = 'no'\nauto_lr = None\nema_rate = 0.9\n"
-        "optimizer = dict(lr=1e-3, eps=1e-8)\nlr_schedule_args = dict(num_warmup_steps=2)\n"
-        "validation = dict(every_steps=100, at_start=False, num_samples=4)\n"
-    )
-    return path
-
-
-def run(config: TrainConfig, work_dir: Path, **options: object) -> Trainer:
-    torch.set_num_threads(1)
-    trainer = Trainer(config, denoising_objective, work_dir, reporting=Reporting(tensorboard=False), **options)  # type: ignore[arg-type]
-    trainer.fit()
-    return trainer
-
-
-def curve(work_dir: Path, key: str = "loss") -> dict[int, float]:
-    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[key] for row in rows if key in row}
-
-
-def weights(work_dir: Path, step: int, name: str = "transformer") -> dict[str, torch.Tensor]:
-    return load_file(work_dir / "checkpoints" / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors")
+from tests.training.tiny_run import curve, run, run_program, weights
 
 
 def test_resume_is_bit_exact(config_file: Path, tmp_path: Path) -> None:
@@ -84,6 +31,34 @@ def test_resume_is_bit_exact(config_file: Path, tmp_path: Path) -> None:
     for name in ("transformer", "transformer_ema"):
         whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_parts_of_a_checkpoint_can_be_left_behind(config_file: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=4", "save_model_steps=2"]), tmp_path / "run")
+
+    def resumed(*options: str) -> Trainer:
+        wanted = ["resume_from.checkpoint=latest", *options]
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        config = load_config(config_file, ["max_steps=6", *wanted])
+        trainer = Trainer(config, denoising_objective, tmp_path / "copy", reporting=Reporting(tensorboard=False))
+        return trainer
+
+    averaged = weights(tmp_path / "run", 4, "transformer_ema")
+    for load_ema, same in ((True, True), (False, False)):
+        trainer = resumed(f"resume_from.load_ema={load_ema}")
+        bias = trainer.state.network.t_block[1].bias  # type: ignore[union-attr]
+        assert torch.equal(bias, averaged["adaln_single.linear.bias"]) == same
+        trainer.lock.release()
+    for keep in (True, False):
+        trainer = resumed(f"resume_from.resume_optimizer={keep}")
+        moments = [state["step"].item() for state in trainer.state.optimizer.state.values()]
+        assert set(moments) == ({4.0} if keep else set())
+        trainer.lock.release()
+    for keep, expected in ((True, 1e-3), (False, 0.5e-3)):  # a warm-up of two steps begins anew
+        trainer = resumed(f"resume_from.resume_lr_scheduler={keep}", "max_steps=5")
+        trainer.fit()
+        assert curve(tmp_path / "copy", "lr")[5] == pytest.approx(expected)
 
 
 def test_lost_steps_leave_no_metrics(config_file: Path, tmp_path: Path) -> None:
@@ -121,18 +96,12 @@ def train_program(config: Path, work_dir: Path, *options: str) -> list[str]:
     return [*program, "--cfg-options", *options]
 
 
-def run_program(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **settings
-    )
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", *(pytest.param(n, marks=pytest.mark.slow) for n in [*LAUNCHERS][1:])])
 def test_two_processes_equal_one(launcher: str, config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, ["max_steps=4"]), tmp_path / "one")
     command = ["-m", *(part.format(port=free_port()) for part in LAUNCHERS[launcher])]
-    done = run_program([*command, *train_program(config_file, tmp_path / "two", "train_batch_size=2", "max_steps=4")])
+    options = ["train_batch_size=2", "max_steps=4", "posthoc_ema.snapshot_every_steps=2"]
+    done = run_program([*command, *train_program(config_file, tmp_path / "two", *options)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x cpu" in done.stdout
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
@@ -141,6 +110,7 @@ def test_two_processes_equal_one(launcher: str, config_file: Path, tmp_path: Pat
         assert two[step] == pytest.approx(loss, rel=1e-5)
     norms = curve(tmp_path / "one", "grad_norm"), curve(tmp_path / "two", "grad_norm")
     assert norms[1][4] == pytest.approx(norms[0][4], rel=1e-4)
+    assert len([*(tmp_path / "two/posthoc_ema").iterdir()]) == 4
 
 
 def test_a_full_disk_ends_the_run_with_74_and_keeps_what_was_saved(config_file: Path, tmp_path: Path) -> None:

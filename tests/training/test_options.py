@@ -1,0 +1,79 @@
+"""Options of the objective, from the config to what a run leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline
+
+from diffusion.config import load_config
+from diffusion.inference import PixArtPipeline, make_scheduler
+from diffusion.process import LogitNormal
+from diffusion.training import build_network, denoising_objective
+from diffusion.training.building import build_training_data
+from diffusion.training.distributed import Ranks
+from diffusion.training.validation import ValidationLoss
+from tests.training.tiny_run import curve, run, weights
+
+
+def test_a_network_without_variance_trains_and_samples(config_file: Path, parts: Path, tmp_path: Path) -> None:
+    """pred_sigma=False: four output channels through training, checkpoint, our pipeline and the stock one."""
+    options = ["pred_sigma=False", "max_steps=3", "validation.every_steps=3", "process.min_snr_gamma=5.0"]
+    options += ["process.timestep_sampling=logit_normal", "validation.prompts=['red apple']"]
+    run(load_config(config_file, options), tmp_path / "run")
+    assert weights(tmp_path / "run", 3)["proj_out.weight"].shape[0] == 2 * 2 * 4
+    assert (tmp_path / "run/validation/step_0000003.png").is_file()
+    assert np.isfinite(curve(tmp_path / "run", "validation_loss")[3])
+
+    resumed = run(load_config(config_file, [*options, "max_steps=4"]), tmp_path / "run", resume_from="latest")
+    assert resumed.state.step == 4
+
+    pipeline = PixArtPipeline.from_pretrained(parts / "pipe", transformer=tmp_path / "run/checkpoints/checkpoint-4")
+    assert pipeline.transformer.config.out_channels == 4
+    pipeline.save_pretrained(tmp_path / "pipe")
+    stock = PixArtAlphaPipeline.from_pretrained(str(tmp_path / "pipe"))
+    for each in (pipeline, stock):
+        each.set_progress_bar_config(disable=True)
+    mine = pipeline("a red apple", num_inference_steps=3, seed=5).images[0]
+    theirs = stock(
+        "a red apple",
+        num_inference_steps=3,
+        height=32,
+        width=32,
+        generator=torch.Generator().manual_seed(5),
+        clean_caption=False,
+        use_resolution_binning=False,
+    ).images[0]
+    assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= 2
+    for solver in ("iddpm", "sa-solver"):
+        pipeline.scheduler = make_scheduler(solver)
+        for scale in (1.0, 4.5):
+            assert pipeline("a red apple", num_inference_steps=4, guidance_scale=scale, seed=5).images[0].size == (
+                32,
+                32,
+            )
+
+
+def test_the_variance_of_a_run_without_the_bound_stays_untouched(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["learn_sigma=False", "max_steps=2", "optimizer.weight_decay=0.0"])
+    run(config, tmp_path / "run")
+    rows = weights(tmp_path / "run", 2)["proj_out.weight"].view(2, 2, 8, -1)  # (patch, patch, 2C, D)
+    assert rows[:, :, :4].abs().max() > 0
+    assert rows[:, :, 4:].abs().max() == 0  # a fresh network's rows
+
+
+@pytest.mark.parametrize("options", [[], ["process.logit_mean=-0.5", "process.logit_std=0.7"]])
+def test_validation_draws_uniformly_whatever_training_does(options: list[str], config_file: Path) -> None:
+    skewed = ["process.timestep_sampling=logit_normal", *options]
+    torch.manual_seed(0)
+    network = build_network(load_config(config_file))
+    losses = []
+    for chosen in ([], skewed):
+        config = load_config(config_file, chosen)
+        objective = denoising_objective(config, build_training_data(config))
+        losses.append(ValidationLoss(config, objective, Ranks("cpu"))(network))
+    assert objective.logit_normal == (LogitNormal(-0.5, 0.7) if options else LogitNormal())
+    assert losses[0] == losses[1]
