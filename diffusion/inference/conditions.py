@@ -34,9 +34,17 @@ def prepare_prompt(text: str, *, clean: bool = False) -> str:
         clean: also unescape HTML, normalise Unicode, remove control characters and collapse whitespace.
     """
     if len(text) > MAX_CAPTION_CHARS:
-        _logger.warning("a prompt of %d characters was cut at %d", len(text), MAX_CAPTION_CHARS)
-        text = text[:MAX_CAPTION_CHARS]
+        kept, dropped = text[:MAX_CAPTION_CHARS], text[MAX_CAPTION_CHARS:]
+        _logger.warning(
+            "a prompt of %d characters was cut at %d; dropped: %s", len(text), MAX_CAPTION_CHARS, shortened(dropped)
+        )
+        text = kept
     return clean_caption(text, "light" if clean else "none").lower().strip()
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """Quoted on one line, for a message."""
+    return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
 def with_null_caption(embeds: Tensor, mask: Tensor, null_embeds: Tensor, null_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from diffusion.images import decode_latents, load_vae, to_pil
 from diffusion.inference.conditions import (
     Conditions,
     prepare_prompt,
+    shortened,
     size_conditions,
     with_null_caption,
     with_stored_null_caption,
@@ -123,8 +124,8 @@ class PixArtPipeline(DiffusionPipeline):
             limit = 120 if self.transformer is None else self.transformer.config.model_max_length
         encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit)
         embeds, mask = encoder.encode([prepare_prompt(text, clean=clean_caption) for text in captions])
-        if encoder.num_truncated:
-            _logger.warning("%d of %d prompts were cut at %d tokens", encoder.num_truncated, len(captions), limit)
+        for part in encoder.dropped:
+            _logger.warning("a prompt was cut at %d tokens; dropped: %s", limit, shortened(part))
         return require_finite(embeds, "the caption embeddings"), mask
 
     @torch.no_grad()

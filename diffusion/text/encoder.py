@@ -20,7 +20,8 @@ class CaptionEncoder:
     The encoder runs under its attention mask, so the padding of a batch never changes a caption's embedding (beyond
     rounding). Captions are taken as they are: clean them first with `clean_caption`.
 
-    `num_truncated` counts the captions that were cut at `max_length` tokens since the encoder was made.
+    `num_truncated` counts the captions that were cut at `max_length` tokens since the encoder was made; `dropped` holds
+    what the last call cut off, one text a cut caption.
     """
 
     def __init__(self, tokenizer: Any, model: Any, *, max_length: int = 120) -> None:
@@ -36,6 +37,7 @@ class CaptionEncoder:
         self.model = model.eval().requires_grad_(False)
         self.max_length = max_length
         self.num_truncated = 0
+        self.dropped: list[str] = []
 
     @classmethod
     def from_pretrained(
@@ -111,7 +113,12 @@ class CaptionEncoder:
         if isinstance(captions, str):
             raise ValueError("captions must be a list of strings, not one string")
         batch = self.tokenizer(list(captions), truncation=True, max_length=self.max_length, add_special_tokens=True)
-        self.num_truncated += sum(1 for encoding in batch.encodings if encoding.overflowing)
+        self.dropped = [
+            caption[_end_of_kept(encoding) :].strip()
+            for caption, encoding in zip(captions, batch.encodings)
+            if encoding.overflowing
+        ]
+        self.num_truncated += len(self.dropped)
         return batch["input_ids"]
 
     @torch.no_grad()
@@ -123,6 +130,12 @@ class CaptionEncoder:
         mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
         embeds = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, C)
         return embeds.to(self.dtype), mask
+
+
+def _end_of_kept(encoding: Any) -> int:
+    """Position in the caption behind its last kept token; `</s>` stands nowhere in it."""
+    kept = [end for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask) if not special]
+    return max(kept, default=0)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 
@@ -30,3 +31,25 @@ def test_stock_diffusers_draws_the_same_picture() -> None:
 
 def test_size_limits() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 46e6
+
+
+NASTY = [
+    "",
+    "🍎🚀",
+    "ein roter Apfel",
+    "红苹果",
+    "\x00\x07\u202e\ud800",
+    "<b>&amp;</b>",
+    "a" * 10_000,
+    "red apple " * 1_000,
+]
+
+
+def test_any_text_gives_a_picture_and_what_is_cut_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = PixArtPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(NASTY, num_inference_steps=2, seed=0).images
+    assert [image.size for image in images] == [(256, 256)] * len(NASTY)
+    assert all(np.asarray(image).std() > 1 for image in images)
+    assert caplog.text.count("characters was cut at 2000; dropped: ") == 2
+    assert "tokens; dropped: 'apple red apple" in caplog.text or "tokens; dropped: 'red apple" in caplog.text

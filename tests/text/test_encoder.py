@@ -58,6 +58,12 @@ def test_truncation_keeps_the_end_token_and_is_counted(folder: Path) -> None:
     assert mask.sum(dim=1).tolist()[1] == 6
     assert embeds.shape[1] == 6
     assert encoder.num_truncated == 1
+    (dropped,) = encoder.dropped
+    kept = "a very long caption of many tokens indeed".removesuffix(dropped)
+    assert dropped.endswith("many tokens indeed")
+    assert len(encoder.tokenizer([kept]).input_ids[0]) == 6, "five pieces and the end token"
+    encoder.encode(["cat"])
+    assert encoder.dropped == []
     ids = encoder.tokenizer(["a very long caption of many tokens"], truncation=True, max_length=6).input_ids[0]
     assert ids[-1] == encoder.tokenizer.eos_token_id
 
