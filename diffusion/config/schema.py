@@ -129,6 +129,9 @@ class OptimisationFields(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         default="bf16", description="Autocast precision; weights stay fp32. fp16 scales the loss."
     )
+    compile: bool = Field(
+        default=False, description="torch.compile the blocks: faster after a slow start; needs a compiler or Triton."
+    )
     use_fsdp: bool = Field(default=False, description="Shard weights and optimiser over processes (else DDP).")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimiser.")
     auto_lr: AutoLrConfig | None = Field(default=AutoLrConfig(), description="Scale lr with the batch; None = do not.")

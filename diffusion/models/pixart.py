@@ -203,6 +203,14 @@ class PixArt(nn.Module):
             if isinstance(module, SelfAttention):
                 module.fp32 = enabled
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse the work inside each block; all blocks share one compilation, state-dict keys stay.
+
+        Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow; another caption length is compiled once.
+        """
+        for block in self.blocks:
+            block.compile()
+
     def forward(
         self,
         latents: Tensor,

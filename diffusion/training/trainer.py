@@ -19,6 +19,7 @@ from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
 from diffusion.errors import ConfigError, NumericalError
+from diffusion.models import PixArt
 from diffusion.objectives import Objective
 from diffusion.training.building import build_network, build_training_data
 from diffusion.training.distributed import Ranks
@@ -154,8 +155,10 @@ class Trainer:
         self.sampler.set_position(self.state.step)
         LOGGER.info("resumed from %s at step %d", folder, self.state.step)
 
-    def _wrap(self, network: nn.Module) -> nn.Module:
+    def _wrap(self, network: PixArt) -> nn.Module:
         network.train()
+        if self.config.compile:
+            network.compile_blocks()
         if self.ranks.world_size == 1:
             return network
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None

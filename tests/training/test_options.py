@@ -77,3 +77,19 @@ def test_validation_draws_uniformly_whatever_training_does(options: list[str], c
         losses.append(ValidationLoss(config, objective, Ranks("cpu"))(network))
     assert objective.logit_normal == (LogitNormal(-0.5, 0.7) if options else LogitNormal())
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike_and_compile_few_times(config_file: Path, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    run(load_config(config_file, ["max_steps=5"]), tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
+    run(load_config(config_file, ["max_steps=5", "compile=True"]), tmp_path / "compiled")
+    plain, compiled = curve(tmp_path / "plain"), curve(tmp_path / "compiled")
+    assert all(compiled[step] == pytest.approx(loss, rel=1e-4) for step, loss in plain.items())
+    assert weights(tmp_path / "compiled", 5).keys() == weights(tmp_path / "plain", 5).keys()
+    # Ten blocks, several caption lengths: once for the first length, once for any length, and for validation without
+    # gradients.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4

@@ -1,0 +1,154 @@
+"""Which choices make the emoji model better: equal GPU time an arm, validation loss and retrieval of each.
+
+    python tools/add_captions.py data/emoji --output build/emoji-captions --captions 16
+    python tools/extract_features.py build/emoji-captions --out output/features/emoji-captions
+    python benchmarks/ablation_emoji.py --seconds 90
+
+An arm is configs/emoji/emoji_256.py with overrides; none changes the speed, so all have as many steps as a short
+run says fit into the time. Results are written after every arm, and arms that the output file holds are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from report import write_report
+
+from diffusion.errors import run_cli
+
+CONFIG = "configs/emoji/emoji_256.py"
+PARTS = "output/pretrained_models/emoji-256"
+ARMS: dict[str, list[str]] = {
+    "base": [],
+    "unbalanced": ["data.balance_by=None"],
+    "no variance": ["pred_sigma=False"],
+    "no min-SNR": ["process.min_snr_gamma=None"],
+    "logit-normal": ["process.timestep_sampling=logit_normal"],
+    "caption dropout 0.05": ["class_dropout_prob=0.05"],
+    "caption dropout 0.2": ["class_dropout_prob=0.2"],
+    "labels only": ["data.max_captions=1"],
+    "four captions": ["data.max_captions=4"],
+    "constant lr": ["lr_schedule=constant"],
+}
+POSTHOC_SIGMA_RELS = (0.02, 0.05, 0.10, 0.15, 0.20)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seconds", type=float, default=90, help="training time of an arm (default: %(default)s)")
+    add("--steps", type=int, help="optimiser steps of every arm, instead of --seconds")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
+    add("--features", default="output/features/emoji-captions", help="feature store (default: %(default)s)")
+    add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every arm")
+    add("--limit", type=int, default=220, help="captions drawn a split (default: %(default)s)")
+    add("--bs", type=int, default=64, help="pictures drawn at a time (default: %(default)s)")
+    add("--sampling-steps", type=int, default=20, help="solver steps (default: %(default)s)")
+    add("--work-dir", type=Path, default=Path("output/ablation"))
+    add("--output", type=Path, default=Path("benchmarks/results/ablation_emoji.json"))
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    rows: dict[str, Any] = json.loads(args.output.read_text())["arms"] if args.output.is_file() else {}
+    steps = args.steps or steps_in(args, args.seconds)
+    for name in args.arms:
+        if name in rows:
+            continue
+        posthoc = name == "base"
+        rows[name] = measure(args, name, steps, posthoc=posthoc)
+        figures = {"benchmark": f"{CONFIG}, {steps} steps an arm", "seconds": args.seconds, "arms": rows}
+        write_report(args.output, figures)
+
+
+def train(args: argparse.Namespace, work_dir: Path, options: list[str]) -> list[dict[str, Any]]:
+    """Run the training program anew; returns the lines of its metrics."""
+    shutil.rmtree(work_dir, ignore_errors=True)
+    command = [sys.executable, "train_scripts/train.py", CONFIG, "--work-dir", str(work_dir), "--report_to", "none"]
+    common = [f"data.root={args.features}", "validation.prompts=[]", "validation.at_start=False"]
+    subprocess.run([*command, "--cfg-options", *common, *args.cfg_options, *options], check=True)
+    return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_in(args: argparse.Namespace, seconds: float, probe_steps: int = 120) -> int:
+    """Optimiser steps that fit into a time, from the median speed of a short run."""
+    options = [f"max_steps={probe_steps}", "log_interval=10", "validation.num_samples=0"]
+    metrics = train(args, args.work_dir / "probe", options)
+    config = json.loads((args.work_dir / "probe" / "config.json").read_text())
+    batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
+    return round(seconds * statistics.median(row["images_per_s"] for row in metrics[2:]) / batch)
+
+
+def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -> dict[str, Any]:
+    """Train one arm and draw with its averaged weights; with `posthoc` also with averages of other lengths."""
+    work_dir = args.work_dir / name.replace(" ", "-")
+    options = [f"max_steps={steps}", f"validation.every_steps={steps}", f"save_model_steps={steps}", *ARMS[name]]
+    if posthoc:
+        options.append(f"posthoc_ema.snapshot_every_steps={max(1, steps // 24)}")
+    metrics = train(args, work_dir, options)
+    row = {
+        "overrides": ARMS[name],
+        "images_per_s": round(statistics.median(m["images_per_s"] for m in metrics if "images_per_s" in m)),
+        "validation_loss": metrics[-1].get("validation_loss"),
+        **draw(args, work_dir / "checkpoints" / f"checkpoint-{steps}"),
+    }
+    if posthoc:
+        row["posthoc"] = {str(sigma_rel): draw_posthoc(args, work_dir, sigma_rel) for sigma_rel in POSTHOC_SIGMA_RELS}
+    return row
+
+
+def draw(args: argparse.Namespace, transformer: Path) -> dict[str, Any]:
+    """Retrieval of a transformer on both splits and on the free prompts."""
+    import torch
+
+    from diffusion.evaluation.drawing import DrawingSettings, evaluate_captions, evaluate_free_prompts
+    from diffusion.evaluation.free_prompts import read_free_prompts
+    from diffusion.inference import PixArtPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = PixArtPipeline.from_pretrained(PARTS, transformer=transformer, ema=True, device=device)
+    pipeline.set_progress_bar_config(disable=True)
+    gallery = bundled_gallery()
+    settings = [DrawingSettings(args.sampling_steps, batch_size=args.bs)]
+    outcomes = evaluate_captions(pipeline, gallery, ["heldout", "train"], ["label"], settings, limit=args.limit)
+    prompts = read_free_prompts("data/emoji/free_prompts.jsonl")[: args.limit]
+    outcomes += evaluate_free_prompts(pipeline, gallery, prompts, settings)
+    heldout, train_split, free = (outcome.figures for outcome in outcomes)
+    return {
+        "heldout_r1": heldout["picture_r1"],
+        "heldout_r5": heldout["picture_r5"],
+        "train_r1": train_split["picture_r1"],
+        "train_r5": train_split["picture_r5"],
+        "free_prompts": free["concept_r1"],
+        "sharpness": heldout["sharpness"],
+    }
+
+
+@functools.cache
+def bundled_gallery() -> Any:
+    """All bundled pictures; read once for all arms."""
+    from diffusion.evaluation.retrieval import load_gallery
+
+    return load_gallery("data/emoji")
+
+
+def draw_posthoc(args: argparse.Namespace, work_dir: Path, sigma_rel: float) -> dict[str, Any]:
+    """`draw` with the average of another length."""
+    from diffusion.training.posthoc_snapshots import reconstruct
+
+    folder = work_dir / f"average-{sigma_rel}"
+    made = reconstruct(work_dir, sigma_rel, folder)
+    return {"profile_error": round(made.relative_error, 4), **draw(args, folder)}
+
+
+if __name__ == "__main__":
+    run_cli(main)
