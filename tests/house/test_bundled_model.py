@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,10 @@ def test_stock_diffusers_draws_the_same_picture() -> None:
 
 def test_size_limits() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 46e6
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = [(ROOT / name).stat().st_size for name in tracked.split("\0") if name and (ROOT / name).is_file()]
+    assert len(sizes) > 3_000
+    assert sum(sizes) <= 80 * 2**20
 
 
 NASTY = [
