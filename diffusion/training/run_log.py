@@ -37,7 +37,7 @@ class MetricsLog:
 
     Args:
         work_dir: of the run.
-        resumed_step: lines of later steps are dropped: they belong to work that was lost.
+        resumed_step: lines of later steps are dropped, as work that was lost; -1 drops all.
         tensorboard: also write events to WORK/logs/<project_name>.
     """
 

@@ -279,7 +279,7 @@ class Trainer:
             return None
         return MetricsLog(
             self.work_dir,
-            self.state.step,
+            self.state.step if self.resumed_from is not None else -1,
             tensorboard=self.reporting.tensorboard,
             project_name=self.reporting.project_name,
         )

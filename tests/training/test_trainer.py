@@ -70,6 +70,16 @@ def test_lost_steps_leave_no_metrics(config_file: Path, tmp_path: Path) -> None:
     assert set(curve(tmp_path / "run")) == {1, 2, 3, 4, 5, 6}
 
 
+def test_a_run_lost_before_its_first_checkpoint_begins_anew(config_file: Path, tmp_path: Path) -> None:
+    options = ["max_steps=2", "validation.at_start=True", "save_model_steps=None"]
+    run(load_config(config_file, options), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    run(load_config(config_file, options), tmp_path / "run", resume_from="latest")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+
+
 def test_accumulation_equals_a_large_batch(config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, ["max_steps=4"]), tmp_path / "large")
     options = ["max_steps=4", "train_batch_size=1", "gradient_accumulation_steps=4"]
