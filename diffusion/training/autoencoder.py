@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import ConfigError, DataError, NumericalError
+from diffusion.evaluation.picture_features import fine_detail_energy
 from diffusion.images import load_vae
 from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
 
@@ -201,15 +202,21 @@ def equalize_latents(vae: Any, mean: Tensor, std: Tensor) -> float:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: Any, pictures: Tensor, *, device: str, batch_size: int = 32) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB after encoding (posterior mean) and decoding."""
-    values = []
+def reconstruction_quality(vae: Any, pictures: Tensor, *, device: str, batch_size: int = 32) -> tuple[float, float]:
+    """Encode (posterior mean) and decode pictures (N, 3, H, W) uint8.
+
+    Returns:
+        mean over pictures of the peak signal-to-noise ratio in dB, and the median of their fine detail over the
+        pictures' own (`fine_detail_energy`): below 1 is blurred.
+    """
+    psnr, detail = [], []
     for part in pictures.split(batch_size):
         pixels = to_signed(part.to(device))
         found = vae.decode(vae.encode(pixels.to(vae.dtype)).latent_dist.mean).sample.float().clamp(-1, 1)
         error = ((found - pixels) / 2).square().flatten(1).mean(1)  # peak-to-peak 1
-        values.append(-10 * error.clamp(min=1e-10).log10())
-    return float(torch.cat(values).mean())
+        psnr.append(-10 * error.clamp(min=1e-10).log10())
+        detail.append(fine_detail_energy(found) / fine_detail_energy(pixels).clamp(min=1e-10))
+    return float(torch.cat(psnr).mean()), float(torch.cat(detail).median())
 
 
 def _fit(
@@ -326,9 +333,11 @@ def train_autoencoder(
     vae.half().save_pretrained(str(output))
     vae.float()
     mean_after, std_after, _ = latent_statistics(vae, train, device=device)
+    psnr_heldout, sharpness_heldout = reconstruction_quality(vae, heldout, device=device)
     metrics: dict[str, Any] = {
-        "psnr_heldout": reconstruction_psnr(vae, heldout, device=device),
-        "psnr_train": reconstruction_psnr(vae, train[: len(heldout)], device=device),
+        "psnr_heldout": psnr_heldout,
+        "sharpness_heldout": sharpness_heldout,
+        "psnr_train": reconstruction_quality(vae, train[: len(heldout)], device=device)[0],
         "pictures": {"train": len(train), "heldout": len(heldout)},
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         "scaling_factor": factor,

@@ -22,7 +22,7 @@ from diffusion.training.autoencoder import (
     latent_statistics,
     load_pictures,
     progress_share,
-    reconstruction_psnr,
+    reconstruction_quality,
     train_autoencoder,
 )
 from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
@@ -67,7 +67,9 @@ def test_folder_loads_in_stock_diffusers_and_scores_the_reported_psnr(
     output, metrics = trained
     vae = AutoencoderKL.from_pretrained(str(output), torch_dtype=torch.float32)
     pictures = load_pictures(data, "heldout")
-    assert reconstruction_psnr(vae, pictures, device="cpu") == pytest.approx(metrics["psnr_heldout"], abs=1e-3)
+    psnr, sharpness = reconstruction_quality(vae, pictures, device="cpu")
+    assert psnr == pytest.approx(metrics["psnr_heldout"], abs=1e-3)
+    assert sharpness == pytest.approx(metrics["sharpness_heldout"], rel=1e-2)
     assert all(
         parameter.dtype == torch.float16
         for parameter in AutoencoderKL.from_pretrained(str(output), torch_dtype=torch.float16).parameters()
