@@ -108,14 +108,12 @@ def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -
 
 def draw(args: argparse.Namespace, transformer: Path) -> dict[str, Any]:
     """Retrieval of a transformer on both splits and on the free prompts."""
-    import torch
-
+    from diffusion.devices import choose_device
     from diffusion.evaluation.drawing import DrawingSettings, evaluate_captions, evaluate_free_prompts
     from diffusion.evaluation.free_prompts import read_free_prompts
     from diffusion.inference import PixArtPipeline
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = PixArtPipeline.from_pretrained(PARTS, transformer=transformer, ema=True, device=device)
+    pipeline = PixArtPipeline.from_pretrained(PARTS, transformer=transformer, ema=True, device=choose_device("auto"))
     pipeline.set_progress_bar_config(disable=True)
     gallery = bundled_gallery()
     settings = [DrawingSettings(args.sampling_steps, batch_size=args.bs)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from diffusion.errors import ConfigError, run_cli
+from diffusion.errors import run_cli
 
 BUNDLED = "output/pretrained_models/emoji-256"
 
@@ -53,6 +53,7 @@ def main() -> None:
 
     import torch
 
+    from diffusion.devices import choose_device
     from diffusion.inference import DEFAULT_STEPS
     from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
     from diffusion.inference.solvers import algorithm_name
@@ -61,13 +62,7 @@ def main() -> None:
     steps = DEFAULT_STEPS[algorithm] if args.step == -1 else args.step
     scale = args.cfg_scale if args.cfg_scale is not None else (1.0 if algorithm == "lcm" else 4.5)
     prompts = args.prompt or read_prompts(args.txt_file)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {device} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
+    device = choose_device(args.device)
     pipeline = load_pipeline(
         args.model_path,
         args.pipeline_load_from,

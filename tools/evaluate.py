@@ -70,14 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_device(name: str) -> str:
-    """auto = cuda where there is one."""
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def retrieval(args: argparse.Namespace) -> None:
+    from diffusion.devices import choose_device
     from diffusion.evaluation.drawing import (
         DrawingSettings,
         evaluate_captions,
@@ -93,7 +87,7 @@ def retrieval(args: argparse.Namespace) -> None:
     from diffusion.inference.recipe import library_versions, model_fingerprint
 
     prompts = read_free_prompts(args.free_prompts) if args.free_prompts else []
-    device = chosen_device(args.device)
+    device = choose_device(args.device)
     pipeline = load_pipeline(args.model, args.pipeline_load_from, algorithm=args.solver, ema=args.ema, device=device)
     pipeline.set_progress_bar_config(disable=True)
     gallery = load_gallery(args.data)
@@ -121,10 +115,11 @@ def retrieval(args: argparse.Namespace) -> None:
 
 
 def fidelity(args: argparse.Namespace) -> None:
+    from diffusion.devices import choose_device
     from diffusion.evaluation.fidelity import fidelity, picture_files
 
     generated, reference = picture_files(args.generated), picture_files(args.reference)
-    device = chosen_device(args.device)
+    device = choose_device(args.device)
     report = fidelity(
         generated, reference, weights=args.weights, device=device, batch_size=args.bs, resize_px=args.resize
     )
@@ -135,11 +130,12 @@ def fidelity(args: argparse.Namespace) -> None:
 
 
 def clip(args: argparse.Namespace) -> None:
+    from diffusion.devices import choose_device
     from diffusion.evaluation.clip_score import clip_report
     from diffusion.evaluation.fidelity import picture_files
 
     pictures = picture_files(args.pictures)
-    report = clip_report(pictures, args.model, device=chosen_device(args.device), batch_size=args.bs)
+    report = clip_report(pictures, args.model, device=choose_device(args.device), batch_size=args.bs)
     write_json(args.output, report)
     print(f"CLIP score {report['clip_score']:.3f}, {report['num_pictures']} pictures: {args.output}")
 

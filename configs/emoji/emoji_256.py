@@ -1,7 +1,7 @@
 # Purpose: train the emoji model from scratch; the runs behind the bundled one are listed in its training.json.
 # Data: output/features/emoji-256, split 'train', every concept drawn equally often.
 # Batch: 1024 per process x 1 process x 1 accumulation = 1024 a step; 6,000 steps = 6.1 million samples.
-# Hardware: one CUDA GPU with bf16 (36 GiB at this batch). On N processes set train_batch_size=1024/N for the same run.
+# Hardware: one CUDA GPU with bf16. On N processes set train_batch_size=1024/N for the same run.
 # Expect on one H200: 5,650 images/s, validation loss 0.0212 after a 1,800-step run (max_steps=1800, about 6 minutes).
 _base_ = ["emoji_base.py"]
 num_workers = 4

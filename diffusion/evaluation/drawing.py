@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion.errors import DataError, PromptError, did_you_mean
-from diffusion.evaluation.free_prompts import FreePrompt, accepted_share
+from diffusion.evaluation.free_prompts import FreePrompt
 from diffusion.evaluation.picture_features import fine_detail_energy
 from diffusion.evaluation.retrieval import RANKS, Gallery, nearest_pictures, recall, to_pixels
 from diffusion.features.sources import Sample
@@ -40,7 +40,7 @@ class DrawingSettings:
 class Outcome:
     """Pictures of one row of the table, and what they were nearest to.
 
-    `rows` are the gallery rows they were meant to show; for free prompts None, and `accepted` says what was right.
+    One entry a drawing: its caption, the gallery row it is nearest to, and whether that is what was asked for.
     """
 
     figures: dict[str, Any]
@@ -119,12 +119,12 @@ def judge_free_prompts(
     """Share of prompts whose drawing is nearest to a picture that a person would accept."""
     both, _ = gallery.distances(to_pixels(pictures))
     near = nearest_pictures(both, gallery.groups, 1)
+    right = [prompt.accepts(gallery, found[0]) for prompt, found in zip(prompts, near)]
     figures = {
         "name": f"free prompts, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
         "pictures": len(prompts),
-        "concept_r1": round(accepted_share(prompts, gallery, near), 4),
+        "concept_r1": round(sum(right) / len(right), 4),
     }
-    right = [prompt.accepts(gallery, found[0]) for prompt, found in zip(prompts, near)]
     return Outcome(figures, [prompt.prompt for prompt in prompts], pictures, [found[0] for found in near], right)
 
 

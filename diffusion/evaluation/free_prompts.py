@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +59,3 @@ def read_free_prompts(path: str | Path) -> list[FreePrompt]:
 def normalised(text: str) -> str:
     """Lower-case words without punctuation and articles: two prompts that say the same are equal."""
     return " ".join(word for word in re.findall(r"[^\W_]+", text.lower()) if word not in _ARTICLES)
-
-
-def accepted_share(prompts: Sequence[FreePrompt], gallery: Gallery, nearest: Sequence[Sequence[int]]) -> float:
-    """Share of prompts whose drawing has a nearest picture (first of `nearest`) that answers them."""
-    return sum(prompt.accepts(gallery, found[0]) for prompt, found in zip(prompts, nearest)) / len(prompts)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffusion.devices import choose_device
 from diffusion.errors import ConfigError, DataError
 from diffusion.features.fingerprint import hash_files, hash_folder, hash_names
 from diffusion.features.rows import DTYPES, FeatureRow
@@ -95,7 +96,7 @@ def extract_folder(
     samples = read_folder(source, splits)
     if limit is not None and limit < len(samples):
         samples = [samples[i * len(samples) // limit] for i in range(limit)]
-    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    chosen = choose_device(device)
     compute = DTYPES[settings.dtype] if chosen.type == "cuda" else torch.float32
     encoder = CaptionEncoder.from_pretrained(pretrained, device=chosen, dtype=compute, max_length=settings.max_length)
     vae = load_vae(pretrained, device=chosen, dtype=compute)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from diffusion.errors import CheckpointError, DataError, PromptError
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.recipe import library_versions, model_fingerprint, read_recipe, save_png
@@ -114,6 +112,7 @@ def sample_to_folder(
     facts = {
         "model": model,
         "model_fingerprint": model_fingerprint(pipeline.transformer),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "versions": library_versions(),
     }
     jobs = [
@@ -177,9 +176,11 @@ def _written(path: Path, wanted: Mapping[str, Any]) -> Path | None:
 
 
 def _write_grid(jobs: Sequence[_Job], pictures: Sequence[Path], path: Path, facts: Mapping[str, Any]) -> Path:
-    from diffusion.images import labelled_grid
+    from diffusion.images import decode_image, labelled_grid
 
     labels = [job.prompt for job in jobs]
     recipe = {"prompts": labels, "pictures": [picture.name for picture in pictures], **facts}
-    sheet = labelled_grid([Image.open(picture) for picture in pictures], labels, columns=_GRID_COLUMNS)
-    return _written(path, recipe) or save_png(sheet, path, recipe)
+    if (found := _written(path, recipe)) is not None:
+        return found
+    sheet = labelled_grid([decode_image(picture) for picture in pictures], labels, columns=_GRID_COLUMNS)
+    return save_png(sheet, path, recipe)

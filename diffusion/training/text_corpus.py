@@ -91,16 +91,24 @@ def read_emojibase(path: Path) -> list[dict[str, Any]]:
 
 def read_train_captions(metadata: Path) -> list[str]:
     """All captions of the train split of a bundled `metadata.jsonl`; DataError when a line cannot be read."""
-    captions: list[str] = []
+    return [
+        caption for row in _rows(metadata) if row["split"] == "train" for caption in (row["text"], *row["captions"])
+    ]
+
+
+def _rows(metadata: Path, *needed: str) -> list[dict[str, Any]]:
+    """Rows of a metadata.jsonl that all have `text`, `split` and what else is needed; `captions` may be absent."""
     try:
         with metadata.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if row["split"] == "train":
-                    captions += [row["text"], *(row.get("captions") or [])]
-    except (OSError, ValueError, KeyError) as error:
+            rows = [{"captions": [], **json.loads(line)} for line in lines]
+        lacking = [key for row in rows for key in ("text", "split", *needed) if key not in row]
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{metadata} has no readable captions: {error}; rebuild the bundled data set") from error
-    return captions
+    if lacking:
+        raise DataError(
+            f"{metadata} has no readable captions: a row lacks {lacking[0]!r}; rebuild the bundled data set"
+        )
+    return rows
 
 
 def read_word_list(path: Path) -> list[str]:
@@ -183,10 +191,7 @@ def add_captions(source: Path, output: Path, count: int, seed: int) -> tuple[int
     if (output / "metadata.jsonl").exists():
         raise DataError(f"{output} holds a data set already; choose another folder or remove it")
     kept = [prompt.prompt for prompt in read_free_prompts(source / "free_prompts.jsonl")]
-    try:
-        rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source / 'metadata.jsonl'} cannot be read ({error})") from error
+    rows = _rows(source / "metadata.jsonl", "file_name", "concept", "skin_tone")
     output.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if row["split"] == "train":

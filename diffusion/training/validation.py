@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from diffusion.config import TrainConfig
 from diffusion.data import SampleKey, collate
-from diffusion.errors import ConfigError
+from diffusion.errors import ConfigError, PromptError
 from diffusion.objectives import DenoisingObjective
 from diffusion.training.building import build_training_data
 from diffusion.training.distributed import Ranks
@@ -121,13 +120,11 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
     Raises:
         ConfigError: the file is missing or empty.
     """
+    from diffusion.inference.batch import read_prompts as read_prompt_file
+
     if prompt_file is None:
         return list(prompts)
     try:
-        lines = [line.strip() for line in Path(prompt_file).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ConfigError(f"validation.prompt_file={prompt_file!r} cannot be read: {error.strerror}") from error
-    found = [line for line in lines if line]
-    if not found:
-        raise ConfigError(f"validation.prompt_file={prompt_file!r} holds no prompts")
-    return found
+        return read_prompt_file(prompt_file)
+    except PromptError as error:
+        raise ConfigError(f"validation.prompt_file={prompt_file!r}: {error}") from error

@@ -234,12 +234,14 @@ def test_tables_leave_out_what_a_row_lacks() -> None:
     assert table.splitlines()[3] == "| b |  | 100.0 % |"
 
 
-def test_the_program_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_names_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import runpy
     import sys
 
     def run(*arguments: str) -> str:
-        sys.argv = ["evaluate.py", *arguments]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
         assert caught.value.code == 2
@@ -250,4 +252,5 @@ def test_the_program_names_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     folders = ["--generated", str(tmp_path), "--reference", str(tmp_path), "--weights", str(tmp_path / "none.pth")]
     assert "no Inception weights there; fetch https://" in run("fidelity", *folders)
     assert "carries no recipe" in run("clip", "--pictures", str(tmp_path), "--model", str(tmp_path))
+    assert "--device warp cannot be used" in run("clip", "--pictures", str(tmp_path), "--device", "warp")
     assert "cannot be read" in run("retrieval", "--free_prompts", str(tmp_path / "none.jsonl"))
