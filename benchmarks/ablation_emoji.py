@@ -37,6 +37,8 @@ ARMS: dict[str, list[str]] = {
     "labels only": ["data.max_captions=1"],
     "four captions": ["data.max_captions=4"],
     "constant lr": ["lr_schedule=constant"],
+    "narrow and deep": ["hidden_size=192", "depth=18", "num_heads=3"],
+    "wide and shallow": ["hidden_size=320", "depth=6", "num_heads=5"],
 }
 POSTHOC_SIGMA_RELS = (0.02, 0.05, 0.10, 0.15, 0.20)
 

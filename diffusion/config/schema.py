@@ -69,6 +69,9 @@ class ModelFields(Section):
     """The network, its caption input and the noise process."""
 
     model: str = Field(default="PixArt_XL_2", min_length=1, description="Registered model name.")
+    hidden_size: int | None = Field(default=None, gt=0, description="Width; None = the registered model's.")
+    depth: int | None = Field(default=None, gt=0, description="Number of blocks; None = the registered model's.")
+    num_heads: int | None = Field(default=None, gt=0, description="Attention heads; None = the registered model's.")
     caption_channels: int = Field(default=4096, gt=0, description="Width of the caption embeddings.")
     model_max_length: int = Field(default=120, gt=0, description="Longest caption in text tokens.")
     lewei_scale: float = Field(default=1.0, gt=0, description="Position-embedding scale: 1 at 512 px, 2 at 1024 px.")

@@ -27,8 +27,9 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
         "pred_sigma": config.pred_sigma,
         "qk_norm": config.qk_norm,
     }
-    if config.micro_condition is not None:
-        options["micro_condition"] = config.micro_condition
+    for name in ("hidden_size", "depth", "num_heads", "micro_condition"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
     if config.kv_compress:
         settings = config.kv_compress_config
         options["kv_compress"] = KVCompression(

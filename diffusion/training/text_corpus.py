@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
-from diffusion.evaluation.free_prompts import normalised, read_free_prompts
+from diffusion.evaluation.free_prompts import normalised
+from diffusion.training.text_wordnet import Sense
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey golden silver turquoise beige cyan".split()
 MOODS = (
@@ -57,6 +57,8 @@ LABEL_TEMPLATES = (
     "a {0}|an emoji of {0}|a picture of {0}|the {0}|3d icon of {0}|{0} emoji|draw {0}|i want {0}|my {0}|some {0}|"
     "show me {0} please|a drawing of a {0}|cartoon {0}|{0} symbol|a cute {0}|this is {0}|{0}!|isolated {0} on white"
 ).split("|")
+_LINKS = ("with", "for", "in", "on", "of", "and")
+_PHRASES_A_LABEL = 24
 _ANIMAL_AND_FOOD_GROUPS = (3, 4)  # emojibase group numbers: animals & nature, food & drink
 _FLAG_GROUP = 9
 
@@ -92,11 +94,11 @@ def read_emojibase(path: Path) -> list[dict[str, Any]]:
 def read_train_captions(metadata: Path) -> list[str]:
     """All captions of the train split of a bundled `metadata.jsonl`; DataError when a line cannot be read."""
     return [
-        caption for row in _rows(metadata) if row["split"] == "train" for caption in (row["text"], *row["captions"])
+        caption for row in read_rows(metadata) if row["split"] == "train" for caption in (row["text"], *row["captions"])
     ]
 
 
-def _rows(metadata: Path, *needed: str) -> list[dict[str, Any]]:
+def read_rows(metadata: Path, *needed: str) -> list[dict[str, Any]]:
     """Rows of a metadata.jsonl that all have `text`, `split` and what else is needed; `captions` may be absent."""
     try:
         with metadata.open(encoding="utf-8") as lines:
@@ -158,68 +160,27 @@ def _caption_texts(entries: Iterable[dict[str, Any]], rng: random.Random) -> lis
             some = rng.sample(tags, min(len(tags), rng.randint(1, 4)))
             texts += [f"{label}, {', '.join(some)}", ", ".join(some)]
         texts += [template.format(label) for template in rng.sample(LABEL_TEMPLATES, 4)]
+        if entry.get("group") != _FLAG_GROUP:
+            texts += [_phrase(label, tags, rng) for _ in range(_PHRASES_A_LABEL)]
     return texts
 
 
-def caption_variants(row: dict[str, Any], count: int, seed: int, excluded: Sequence[str] = ()) -> list[str]:
-    """Up to `count` further true captions of a row of the bundled metadata, in everyday words.
-
-    The concept in a template, alone or with one to three keywords before or behind it, or two to four keywords; each
-    names the skin tone if there is one. What says the same as an `excluded` text is left out.
-    """
-    rng = random.Random(f"{seed}/{row['file_name']}")
-    keywords = _keywords_of(row)
-    known = {normalised(text) for text in (*row["captions"], *excluded)}
-    variants: dict[str, str] = {}
-    for _ in range(8 * count):
-        caption = _variant(row["concept"], keywords, row["skin_tone"], rng)
-        if normalised(caption) not in known:
-            variants.setdefault(normalised(caption), caption)
-        if len(variants) == count:
-            break
-    return list(variants.values())
-
-
-def add_captions(source: Path, output: Path, count: int, seed: int) -> tuple[int, int]:
-    """Write a copy of an ImageFolder whose training rows have up to `count` more captions.
-
-    Prompts of `source/free_prompts.jsonl` are left out. Returns the numbers of pictures and captions.
-
-    Raises:
-        DataError: unreadable metadata, or `output` holds a data set already.
-    """
-    if (output / "metadata.jsonl").exists():
-        raise DataError(f"{output} holds a data set already; choose another folder or remove it")
-    kept = [prompt.prompt for prompt in read_free_prompts(source / "free_prompts.jsonl")]
-    rows = _rows(source / "metadata.jsonl", "file_name", "concept", "skin_tone")
-    output.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if row["split"] == "train":
-            row["captions"] = [*row["captions"], *caption_variants(row, count, seed, kept)]
-        (output / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / row["file_name"], output / row["file_name"])
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (output / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    return len(rows), sum(len(row["captions"]) for row in rows)
-
-
-def _keywords_of(row: dict[str, Any]) -> list[str]:
-    """The second caption is the label and its keywords, set off by a comma or a colon."""
-    return [word for word in row["captions"][1][len(row["text"]) :].lstrip(":, ").split(", ") if word]
-
-
-def _variant(concept: str, keywords: Sequence[str], skin_tone: str, rng: random.Random) -> str:
-    some = rng.sample(list(keywords), min(len(keywords), rng.randint(1, 4)))
-    name = concept.replace(": ", ", ")
-    forms = [rng.choice(LABEL_TEMPLATES).format(name), f"{' '.join(some[:2])} {name}", f"{name}, {', '.join(some[:3])}"]
-    if len(some) >= 2:
-        forms.append(rng.choice((" ", ", ")).join(some))
-    caption = rng.choice(forms)
-    if not skin_tone:
-        return caption
-    return caption + rng.choice((", {0} skin tone", " with {0} skin", ", {0} skin", ": {0} skin tone")).format(
-        skin_tone
+def _phrase(name: str, keywords: Sequence[str], rng: random.Random) -> str:
+    """The thing or its keywords in a phrase that may or may not still mean the thing; the teacher decides."""
+    pick = rng.choice
+    some = rng.sample(list(keywords), min(len(keywords), 2)) or [name]
+    article = pick(("a ", "the ", ""))
+    forms = (
+        lambda: f"{pick(ADJECTIVES)} {name}",
+        lambda: f"{pick(MOODS)} {name}",
+        lambda: f"{name} {pick(ACTIONS)}",
+        lambda: f"{name} {pick(_LINKS)} {article}{some[-1]}",
+        lambda: f"{article}{pick(ADJECTIVES)} {some[0]}",
+        lambda: f"{some[0]} {pick(_LINKS)} {article}{some[-1]}",
+        lambda: " ".join(some),
+        lambda: f"{' '.join(some)} {name}",
     )
+    return pick(forms)()
 
 
 def build_corpus(
@@ -230,8 +191,9 @@ def build_corpus(
     size: int,
     seed: int,
     excluded: Sequence[str] = (),
+    senses: Sequence[Sense] = (),
 ) -> TextCorpus:
-    """Captions, labels, keywords and single words, filled up with free prompts to `size` distinct texts.
+    """Captions, labels, keywords, single words and things, filled up with free prompts to `size` distinct texts.
 
     Args:
         captions: captions of training pictures, kept as they are (lower-cased).
@@ -240,6 +202,7 @@ def build_corpus(
         size: number of texts; less when captions and words alone are fewer than the free prompts can fill.
         seed: same arguments and seed, same corpus.
         excluded: texts that are kept for evaluation; nothing that says the same (`normalised`) enters the corpus.
+        senses: things of WordNet; their first two names and their definitions are texts.
     Raises:
         DataError: `size` is too small for the captions and labels.
     """
@@ -249,7 +212,8 @@ def build_corpus(
     eatable = [entry["label"] for entry in entries if entry.get("group") in _ANIMAL_AND_FOOD_GROUPS] or nouns
     forbidden = {normalised(text) for text in excluded}
     named_pairs = [(e["label"].lower(), ", ".join(e["tags"]).lower()) for e in entries if e.get("tags")]
-    fixed = (*captions, *_caption_texts(entries, rng), *words, *(keywords for _, keywords in named_pairs))
+    things = (text for sense in senses for text in (*sense.names[:2], sense.definition))
+    fixed = (*captions, *_caption_texts(entries, rng), *words, *(keywords for _, keywords in named_pairs), *things)
     spaced = (" ".join(text.lower().split()) for text in fixed)
     texts = dict.fromkeys(text for text in spaced if text and normalised(text) not in forbidden)
     if len(texts) > size:

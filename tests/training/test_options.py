@@ -10,6 +10,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from diffusion.config import load_config
+from diffusion.errors import ConfigError
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.process import LogitNormal
 from diffusion.training import build_network, denoising_objective
@@ -93,3 +94,10 @@ def test_compiled_blocks_train_alike_and_compile_few_times(config_file: Path, tm
     # Ten blocks, several caption lengths: once for the first length, once for any length, and for validation without
     # gradients.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
+
+
+def test_a_config_can_change_the_size_of_a_registered_network(config_file: Path) -> None:
+    network = build_network(load_config(config_file, ["hidden_size=48", "depth=3", "num_heads=2"]))
+    assert (network.config.hidden_size, len(network.blocks), network.config.num_heads) == (48, 3, 2)
+    with pytest.raises(ConfigError, match="hidden_size"):
+        build_network(load_config(config_file, ["hidden_size=50", "num_heads=4"]))
