@@ -1,5 +1,6 @@
-"""Weights in and out: key maps, diffusers folders, native files, training checkpoints."""
+"""Weights in and out: any checkpoint opened and recognised, key maps, diffusers folders, training checkpoints."""
 
+from diffusion.checkpoints.files import find_transformer_folder
 from diffusion.checkpoints.folders import new_folder
 from diffusion.checkpoints.keys import (
     config_from_diffusers,
@@ -7,33 +8,47 @@ from diffusion.checkpoints.keys import (
     diffusers_to_native,
     native_to_diffusers,
 )
-from diffusion.checkpoints.weights import (
-    TensorFile,
-    find_transformer_folder,
+from diffusion.checkpoints.opening import (
+    Checkpoint,
+    Weights,
+    load_controlnet,
     load_transformer,
+    open_checkpoint,
+    read_transformer,
+    read_weights,
+)
+from diffusion.checkpoints.recognition import Found
+from diffusion.checkpoints.tensors import TensorFile, read_native
+from diffusion.checkpoints.weights import (
     load_weights,
     materialize_buffers,
-    read_native,
-    read_transformer,
     require_fit,
     save_tensors,
     save_transformer,
+    write_transformer,
 )
 
 __all__ = [
+    "Checkpoint",
+    "Found",
     "TensorFile",
+    "Weights",
     "config_from_diffusers",
     "config_to_diffusers",
     "diffusers_to_native",
     "find_transformer_folder",
+    "load_controlnet",
     "load_transformer",
     "load_weights",
     "materialize_buffers",
     "native_to_diffusers",
     "new_folder",
+    "open_checkpoint",
     "read_native",
     "read_transformer",
+    "read_weights",
     "require_fit",
     "save_tensors",
     "save_transformer",
+    "write_transformer",
 ]

@@ -32,3 +32,24 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise StorageError(f"{folder} could not be written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes that name when the block ends without an error.
+
+    Raises:
+        CheckpointError: the file exists. StorageError: the disk is full or not writable.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists; choose another name or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        raise StorageError(f"{path} could not be written ({error})") from error
+    finally:
+        aside.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArtConfig
 
+_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 NATIVE_ONLY = ("pos_embed", "y_embedder.y_embedding")
 
 # native prefix -> diffusers prefix; `{i}` is the block index.
@@ -54,6 +55,8 @@ _SPLIT = {
     for kind in ("weight", "bias")
 }
 _BACKWARD = {diffusers: native for native, diffusers in _FORWARD.items()}
+# Folders of diffusers 0.22-0.25, the published alpha ones among them, hold the null caption; later versions ignore it.
+_BACKWARD["caption_projection.y_embedding"] = "y_embedder.y_embedding"
 _JOIN = {parts[0]: (native, parts) for native, parts in _SPLIT.items()}
 _JOINED = {part for parts in _SPLIT.values() for part in parts}
 
@@ -90,7 +93,9 @@ def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Exact inverse of `native_to_diffusers`. Each weight is asked for once, so `state_dict` may read a file on demand.
+    """Exact inverse of `native_to_diffusers`; the null caption of old folders comes along.
+
+    Each weight is asked for once, so `state_dict` may read a file on demand.
 
     Raises:
         CheckpointError: unknown keys, or a part of a fused projection missing, all listed.
@@ -125,7 +130,7 @@ def config_to_diffusers(config: PixArtConfig) -> dict[str, Any]:
     if lacking:
         raise CheckpointError(f"diffusers' PixArtTransformer2DModel has no {' or '.join(lacking)}; save a .pth instead")
     return {
-        "_class_name": "PixArtTransformer2DModel",
+        "_class_name": _CLASSES[0],
         "sample_size": config.input_size,
         "num_layers": config.depth,
         "attention_head_dim": config.hidden_size // config.num_heads,
@@ -147,11 +152,19 @@ def config_to_diffusers(config: PixArtConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> PixArtConfig:
-    """The network that a diffusers `config.json` describes (either class name, see spec of diffusers 0.22-0.42).
+    """The network that a diffusers `config.json` describes.
+
+    The class is `Transformer2DModel` in diffusers 0.22-0.25, `PixArtTransformer2DModel` later; the fields are the same.
 
     Raises:
-        CheckpointError: a key is missing.
+        CheckpointError: a key is missing, or another model is described.
     """
+    described = config.get("_class_name", _CLASSES[0])
+    if described not in _CLASSES or config.get("norm_type", "ada_norm_single") != "ada_norm_single":
+        raise CheckpointError(
+            f"transformer config.json describes {described} with norm_type={config.get('norm_type')!r}, not a PixArt "
+            f"({' or '.join(_CLASSES)} with ada_norm_single)"
+        )
     try:
         sample_size = config["sample_size"]
         scale = config.get("interpolation_scale")

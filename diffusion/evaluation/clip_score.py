@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from diffusion.checkpoints.download import file_sha256
 from diffusion.errors import CheckpointError, DataError
-from diffusion.evaluation.fidelity import file_sha256, picture_batches, shared_entries
+from diffusion.evaluation.fidelity import picture_batches, shared_entries
 from diffusion.inference.recipe import library_versions, read_recipe
 
 # In the order in which transformers takes them; an index names the parts of a divided file.

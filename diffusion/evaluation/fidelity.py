@@ -6,7 +6,6 @@ compare; KID is not. Legend: N pictures, D features (2048).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import warnings
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion.checkpoints.download import file_sha256
 from diffusion.errors import CheckpointError, ConfigError, DataError
 from diffusion.images import IMAGE_SUFFIXES, decode_image, resize_and_crop
 from diffusion.inference.recipe import library_versions, read_recipe
@@ -250,15 +250,6 @@ def shared_entries(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all recipes say alike: solver, steps, guidance, model; prompts and seeds differ and fall out."""
     first, *others = recipes
     return {key: value for key, value in first.items() if all(recipe.get(key) == value for recipe in others)}
-
-
-def file_sha256(path: Path) -> str:
-    """64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checked_subset_size(wanted: int | None, num_pictures: int) -> int:

@@ -2,11 +2,13 @@
 
 from diffusion.models.attention import KVCompression
 from diffusion.models.captions import NULL_CAPTIONS, pad_captions
+from diffusion.models.controlnet import ControlPixArt
 from diffusion.models.pixart import PixArt, PixArtConfig, PixArtMS
-from diffusion.models.registry import PixArt_XL_2, PixArtMS_XL_2, build_model, model_names
+from diffusion.models.registry import PixArt_XL_2, PixArtMS_XL_2, build_model, model_names, preset_heads
 
 __all__ = [
     "NULL_CAPTIONS",
+    "ControlPixArt",
     "KVCompression",
     "PixArt",
     "PixArtConfig",
@@ -16,4 +18,5 @@ __all__ = [
     "build_model",
     "model_names",
     "pad_captions",
+    "preset_heads",
 ]

@@ -27,6 +27,7 @@ class KVCompression:
     layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists alone
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"kv_compress sampling={self.sampling!r} is unknown; choose one of {', '.join(SAMPLINGS)}")
         if self.scale_factor < 1:

@@ -6,7 +6,7 @@ State-dict keys and shapes are the original's, so official weight files load wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -220,6 +220,7 @@ class PixArt(nn.Module):
         *,
         img_hw: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        before_block: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Predict the noise (first C channels) and, with pred_sigma, the variance interpolation (last C).
 
@@ -230,19 +231,22 @@ class PixArt(nn.Module):
             caption_mask: (B, L), True (or 1) = keep; None = every token. At least one token a caption.
             img_hw: (B, 2) picture height and width in pixels; needed by, and only by, micro_condition.
             aspect_ratio: (B,) height / width; likewise.
+            before_block: called with a block's index and arguments, gives the tokens it gets (see `ControlPixArt`).
         Returns:
             (B, out_channels, h, w).
         Raises:
             ValueError: sizes that do not divide, or size conditions missing or unexpected.
         """
         rows, cols = self._token_grid(latents)
-        tokens = self.x_embedder(latents.to(self.dtype)) + self._sincos((rows, cols))  # (B, N, D)
+        tokens = self.embed_latents(latents)  # (B, N, D)
         conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)  # (B, D)
         modulation = self.t_block(conditioning)  # (B, 6 * D): adaLN-single, once for all blocks
         caption = self.y_embedder(caption_embeds.to(self.dtype))  # (B, L, D)
         attention_mask = expand_caption_mask(caption_mask)
         for index, block in enumerate(self.blocks):
             arguments = (tokens, caption, attention_mask, modulation, (rows, cols))
+            if before_block is not None:
+                arguments = (before_block(index, *arguments), *arguments[1:])
             if self.checkpoint_every and self.training and index % self.checkpoint_every == 0:
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -250,6 +254,10 @@ class PixArt(nn.Module):
         patches = self.final_layer(tokens, conditioning)  # (B, N, p * p * C_out)
         p = self.config.patch_size
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Patches and positions: (B, C, h, w) -> (B, N, D)."""
+        return self.x_embedder(latents.to(self.dtype)) + self._sincos(self._token_grid(latents))
 
     def _token_grid(self, latents: Tensor) -> tuple[int, int]:
         height, width = latents.shape[-2:]

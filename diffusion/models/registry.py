@@ -23,6 +23,14 @@ def model_names() -> list[str]:
     return list(_MODELS)
 
 
+def preset_heads(hidden_size: int, depth: int) -> int | None:
+    """Attention heads of the preset with this width and depth; no shape of a weight tells them. None = no preset."""
+    for _, preset in _MODELS.values():
+        if (preset["hidden_size"], preset["depth"]) == (hidden_size, depth):
+            return int(preset["num_heads"])
+    return None
+
+
 def build_model(name: str, **kwargs: Any) -> PixArt:
     """Build a network by its config name; kwargs are fields of `PixArtConfig`.
 

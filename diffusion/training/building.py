@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from diffusion.checkpoints import load_weights, materialize_buffers, read_native, read_transformer
+from diffusion.checkpoints import load_weights, materialize_buffers, read_weights
 from diffusion.config import TrainConfig
 from diffusion.data import build_dataset
-from diffusion.errors import ConfigError, DataError
+from diffusion.errors import CheckpointError, ConfigError, DataError
 from diffusion.models import KVCompression, PixArt, build_model
 from diffusion.objectives import DenoisingObjective
 from diffusion.process import IDDPM, LogitNormal
@@ -42,7 +42,7 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> PixAr
     """A network with the config's precision and memory options, in float32 on the CPU.
 
     Args:
-        start: diffusers folder, `checkpoint-N` or native `.pth` with its weights, loaded strictly and held once; None =
+        start: a checkpoint of any kind (see `open_checkpoint`) with its weights, loaded strictly and held once; None =
             initial weights from torch's global generator.
     Raises:
         ConfigError: unknown model name, or sizes that do not divide.
@@ -59,11 +59,10 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> PixAr
 
 def _load_starting_weights(model: PixArt, path: str | Path) -> None:
     """Give a network on the meta device the weights of a file; a null caption that the file lacks is drawn anew."""
-    if Path(path).suffix in (".pth", ".pt", ".bin"):
-        state_dict = read_native(path)
-    else:
-        _, state_dict = read_transformer(path)
-    load_weights(model, state_dict, path, assign=True)
+    weights = read_weights(path)
+    if weights.control:
+        raise CheckpointError(f"{path} is a ControlNet; training starts from a transformer")
+    load_weights(model, weights.state_dict, path, assign=True)
     has_null_caption = not model.y_embedder.y_embedding.is_meta
     materialize_buffers(model)
     if not has_null_caption:

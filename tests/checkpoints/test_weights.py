@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from diffusion.checkpoints import (
     load_transformer,
     load_weights,
     native_to_diffusers,
+    open_checkpoint,
     read_native,
     save_transformer,
 )
@@ -27,16 +30,7 @@ from diffusion.checkpoints.training_state import (
 )
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArt
-
-SMALL = {"hidden_size": 48, "num_heads": 2, "depth": 2, "caption_channels": 16, "input_size": 8}
-
-
-def small_model(**options: object) -> PixArt:
-    torch.manual_seed(0)
-    model = PixArt(**{**SMALL, **options})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
+from tests.checkpoints.tiny_files import SMALL, small_model
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_condition": True}, {"qk_norm": True}])
@@ -99,19 +93,35 @@ def test_native_files(tmp_path: Path) -> None:
         read_native(tmp_path / "none.pth")
 
 
+def test_weight_files_may_be_read_like_other_files(tmp_path: Path) -> None:
+    save_transformer(small_model(), tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 class Bomb:
+    def __init__(self, function: Callable, argument: object) -> None:
+        self.call = (function, (argument,))
+
     def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("/tmp/pixart-pickle-ran"),))
+        return self.call
 
 
 def test_pickled_code_never_runs(tmp_path: Path) -> None:
-    marker = Path("/tmp/pixart-pickle-ran")
-    marker.unlink(missing_ok=True)
-    torch.save({"state_dict": Bomb()}, tmp_path / "zip.pth")
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb()))
-    for name in ("zip.pth", "bare.pth"):
-        with pytest.raises(CheckpointError, match="refused"):
-            read_native(tmp_path / name)
+    marker = tmp_path / "ran"
+    shell, touch = Bomb(os.system, f"touch {marker}"), Bomb(Path.touch, marker)
+    torch.save({"state_dict": shell}, tmp_path / "zip.pth")
+    torch.save({"state_dict": touch}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(shell, protocol=2))
+    (tmp_path / "newer.bin").write_bytes(pickle.dumps(touch, protocol=4))
+    for name, why in (
+        ("zip.pth", "calls posix.system"),
+        ("old.pth", "calls"),
+        ("bare.pth", "calls posix.system"),
+        ("newer.bin", "holds more than tensors"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name} is refused: .*its pickle {why}"):
+            open_checkpoint(tmp_path / name)
     assert not marker.exists()
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+from diffusion.checkpoints.download import file_sha256
 from diffusion.errors import CheckpointError, ConfigError, DataError
 from diffusion.evaluation.fidelity import (
     INCEPTION_SHA256,
     fidelity,
-    file_sha256,
     find_inception_weights,
     frechet_distance,
     gaussian_statistics,

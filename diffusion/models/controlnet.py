@@ -1,0 +1,123 @@
+"""ControlNet-Transformer of PixArt-delta (arXiv:2401.05252, Sec. 4): a condition picture steers a frozen PixArt.
+
+Legend: B batch, C latent channels, h x w latent size, N image tokens, L text tokens, D width.
+State-dict keys and shapes are the original's (`base_model.*`, `controlnet.*`), so published files load as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.models.initialization import zero_
+from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig
+
+
+class ControlBlock(nn.Module):
+    """A trainable copy of a base block; what it adds to the base model passes a layer that starts at zero."""
+
+    def __init__(self, block: PixArtBlock, width: int, *, is_first: bool) -> None:
+        super().__init__()
+        self.copied_block = copy.deepcopy(block)
+        self.before_proj = nn.Linear(width, width) if is_first else None
+        self.after_proj = nn.Linear(width, width)
+        for layer in (self.before_proj, self.after_proj):
+            if layer is not None:
+                zero_(layer)
+
+    def forward(
+        self,
+        control: Tensor,
+        tokens: Tensor,
+        caption: Tensor,
+        attention_mask: Tensor | None,
+        modulation: Tensor,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """control, tokens (B, N, D) -> control of the next block, and what the base adds, both (B, N, D)."""
+        if self.before_proj is not None:
+            control = tokens + self.before_proj(control)
+        control = self.copied_block(control, caption, attention_mask, modulation, grid)
+        return control, self.after_proj(control)
+
+
+class ControlPixArt(nn.Module):
+    """A base PixArt and control blocks: the copy of base block j adds to the input of base block j + 1.
+
+    With a fresh ControlNet, without a condition, or at strength 0 it computes exactly what the base does.
+
+    Args:
+        base: its weights are frozen; both kinds, for one size and for many, have the same ControlNet.
+        num_blocks: control blocks, below the base's depth; 13 in the published files.
+    Raises:
+        ValueError: more control blocks than the base has places for.
+    """
+
+    def __init__(self, base: PixArt, num_blocks: int = 13) -> None:
+        super().__init__()
+        if not 0 < num_blocks < len(base.blocks):
+            raise ValueError(
+                f"num_blocks={num_blocks} must be between 1 and {len(base.blocks) - 1}, the base's depth - 1"
+            )
+        width = base.config.hidden_size
+        self.base_model = base.requires_grad_(False)
+        blocks = [cast(PixArtBlock, block) for block in base.blocks[:num_blocks]]
+        self.controlnet = nn.ModuleList(
+            ControlBlock(block, width, is_first=index == 0).requires_grad_() for index, block in enumerate(blocks)
+        )
+
+    @property
+    def config(self) -> PixArtConfig:
+        """Of the base model."""
+        return self.base_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_model.device
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        caption_embeds: Tensor,
+        caption_mask: Tensor | None = None,
+        *,
+        control_latents: Tensor | None = None,
+        condition_strength: float = 1.0,
+        img_hw: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """Predict as `PixArt.forward` does, steered by a condition.
+
+        Args:
+            control_latents: (B, C, h, w) scaled VAE latents of the condition picture (edges); None = the base alone.
+            condition_strength: factor of everything the control blocks add; 1 as trained.
+        Returns:
+            (B, out_channels, h, w).
+        Raises:
+            ValueError: control_latents of another shape than latents; see `PixArt.forward` for the rest.
+        """
+        inputs = (latents, timesteps, caption_embeds, caption_mask)
+        if control_latents is None:
+            return self.base_model(*inputs, img_hw=img_hw, aspect_ratio=aspect_ratio)
+        if control_latents.shape != latents.shape:
+            raise ValueError(
+                f"control_latents {tuple(control_latents.shape)} must have the shape {tuple(latents.shape)}"
+            )
+        control = self.base_model.embed_latents(control_latents)  # (B, N, D), by the frozen patch embedding
+
+        def add_control(index: int, tokens: Tensor, *arguments: object) -> Tensor:
+            nonlocal control
+            if not 1 <= index <= len(self.controlnet):
+                return tokens
+            control, skip = self.controlnet[index - 1](control, tokens, *arguments)
+            return tokens + condition_strength * skip
+
+        return self.base_model(*inputs, img_hw=img_hw, aspect_ratio=aspect_ratio, before_block=add_control)
