@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="evenly spaced captions a split; all when absent")
     add("--steps", type=int, nargs="+", default=[20], help="solver steps; several give a row each")
     add("--guidance", type=float, nargs="+", default=[4.5], help="guidance scales; several give a row each")
-    add("--solver", default="dpm-solver", help="dpm-solver, sa-solver, iddpm, ddim or lcm")
+    add("--solver", default="dpm-solver", help="dpm-solver, sa-solver, iddpm, ddim, deis or lcm")
     add("--seed", type=int, default=0, help="picture i has seed + i")
     add("--bs", type=int, default=16, help="pictures at a time")
     add("--sanity", type=int, default=64, metavar="N", help="real pictures sent through JPEG and the VAE; 0 = none")

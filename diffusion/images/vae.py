@@ -1,7 +1,9 @@
-"""AutoencoderKL: loading, pictures -> latent moments, latents -> pictures."""
+"""The VAE: loading, pictures -> latent moments, latents -> pictures."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ def vae_folder(folder: str | Path) -> Path:
 
 
 def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Load a diffusers AutoencoderKL (eval mode, frozen) from local files. Raises CheckpointError."""
-    from diffusers import AutoencoderKL
+    """Load a diffusers VAE (eval mode, frozen) from local files: AutoencoderKL, or DALL-E 3's consistency decoder.
+
+    Raises CheckpointError.
+    """
+    from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 
     found = vae_folder(folder)
     try:
-        vae = AutoencoderKL.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype)
+        name = json.loads((found / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        cls = ConsistencyDecoderVAE if name == "ConsistencyDecoderVAE" else AutoencoderKL
+        vae = cls.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{found}: the VAE cannot be loaded ({reason})") from error
@@ -37,17 +44,27 @@ def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: t
 
 
 @torch.no_grad()
-def encode_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode_moments(vae: Any, pixels: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the posterior, (B, C, H/8, W/8) float32 each.
 
     Unscaled: multiply a sample by `vae.config.scaling_factor` before it enters the model.
+    device: where an offloaded VAE computes; None = where it lies.
     """
-    posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    posterior = vae.encode(pixels.to(device=device or vae.device, dtype=vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.std.float()
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents_scaled: Tensor) -> Tensor:
-    """(B, C, h, w) latents as the model makes them (scaled) -> (B, 3, 8h, 8w) float32 pixels, about [-1, 1]."""
-    latents = latents_scaled.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
-    return vae.decode(latents).sample.float()
+def decode_latents(
+    vae: Any,
+    latents_scaled: Tensor,
+    device: torch.device | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """(B, C, h, w) latents as the model makes them (scaled) -> (B, 3, 8h, 8w) float32 pixels, about [-1, 1].
+
+    device: where an offloaded VAE computes; None = where it lies. generators: one a picture, for a VAE that draws noise
+    when it decodes (the consistency decoder).
+    """
+    latents = latents_scaled.to(device=device or vae.device, dtype=vae.dtype) / vae.config.scaling_factor
+    return vae.decode(latents, generator=None if generators is None else list(generators)).sample.float()

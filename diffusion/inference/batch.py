@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from diffusion.errors import CheckpointError, DataError, PromptError
-from diffusion.inference.pipeline import PixArtPipeline
+from diffusion.inference.memory import ENCODE_BATCH
+from diffusion.inference.pipeline import PixArtPipeline, StepCallback
 from diffusion.inference.recipe import library_versions, model_fingerprint, read_recipe, save_png
-from diffusion.inference.solvers import solver_name
+from diffusion.inference.sizes import parse_directives
 
 _logger = logging.getLogger(__name__)
 
@@ -55,28 +59,45 @@ def slug(prompt: str) -> str:
     return name or (words[0][:_SLUG_CHARS] if words else "prompt")
 
 
-def load_pipeline(model_path: str | Path, parts: str | Path, **options: Any) -> PixArtPipeline:
-    """A pipeline from a pipeline folder, or from a transformer or `checkpoint-N` folder plus the `parts` of another.
+def load_pipeline(
+    model_path: str | Path,
+    parts: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    **options: Any,
+) -> PixArtPipeline:
+    """A pipeline from a pipeline folder, or from a transformer plus the parts of another.
+
+    A transformer is a folder, a `checkpoint-N`, or a native weight file; with a file the pipeline follows the
+    original's conventions (`PipelineParts.use_native_conventions`).
 
     Args:
         parts: pipeline folder with tokenizer, text encoder and VAE, for a model_path that has none.
+        text_encoder, vae: folders of these parts alone, before all others.
         options: of `PixArtPipeline.from_pretrained`.
     Raises:
         CheckpointError: a folder or a part of it is missing.
     """
     model_path, parts = Path(model_path), Path(parts)
-    if not model_path.is_dir():
+    if not model_path.exists():
         raise CheckpointError(
-            f"model_path {model_path} is no folder; give a pipeline folder or a checkpoint-N "
+            f"model_path {model_path} does not exist; give a pipeline folder, a checkpoint-N or a weight file "
             f"(official models: `hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir {model_path}`)"
         )
-    if (model_path / "text_encoder").is_dir():
-        return PixArtPipeline.from_pretrained(model_path, **options)
-    if not parts.is_dir():
+    if text_encoder is not None and (inner := Path(text_encoder) / "t5-v1_1-xxl").is_dir():
+        text_encoder = inner  # the original's --t5_path is the folder around it
+    given = {"text_encoder": text_encoder, "vae": vae, **options}
+    if (model_path / "text_encoder").is_dir() or (text_encoder is not None and (model_path / "vae").is_dir()):
+        return PixArtPipeline.from_pretrained(model_path, **given)
+    if not parts.is_dir() and (text_encoder is None or vae is None):
         raise CheckpointError(
             f"pipeline_load_from {parts} is no folder; {model_path} needs tokenizer, T5 and VAE from it"
         )
-    return PixArtPipeline.from_pretrained(parts, transformer=model_path, **options)
+    pipeline = PixArtPipeline.from_pretrained(parts, transformer=model_path, **given)
+    if model_path.is_file():
+        pipeline.use_native_conventions()
+    return pipeline
 
 
 def sample_to_folder(
@@ -90,16 +111,22 @@ def sample_to_folder(
     num_images: int = 1,
     grid: bool = False,
     settings: Mapping[str, Any] | None = None,
+    callback_on_step_end: StepCallback | None = None,
+    free_text_encoder: bool = False,
 ) -> tuple[list[Path], Path | None]:
     """Draw every prompt and write `000-slug.png`, ... with recipes; picture k of all has seed + k at any batch size.
 
+    All prompts are encoded before the first picture is drawn, so T5 need not share the device with the network.
     A picture that an earlier call wrote with the same recipe is kept, so an interrupted call goes on where it stopped.
+    Directives in a prompt (`--ar 9:16`, see `parse_directives`) decide its size.
 
     Args:
         model: how the recipe names the model.
         num_images: pictures a prompt.
         grid: also write `grid.png`, all pictures labelled with their prompts.
         settings: further arguments of the pipeline's call.
+        callback_on_step_end: see the pipeline's call; it does not enter the recipes.
+        free_text_encoder: let T5 go once the prompts are encoded, from the host's memory too.
     Returns:
         the pictures' paths, and the grid's or None.
     Raises:
@@ -108,58 +135,116 @@ def sample_to_folder(
     for name, value in (("batch size", batch_size), ("num_images", num_images)):
         if value < 1:
             raise PromptError(f"{name} {value} must be at least 1")
-    folder, settings = Path(folder), settings or {}
-    facts = {
-        "model": model,
-        "model_fingerprint": model_fingerprint(pipeline.transformer),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "versions": library_versions(),
-    }
+    folder, settings = Path(folder), dict(settings or {})
+    facts = _facts(pipeline, model)
     jobs = [
-        _Job(folder / f"{number:03d}-{slug(prompt)}.png", prompt, seed + number)
+        _job(pipeline, folder, number, prompt, seed + number, settings, facts)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
     ]
-    recipe = _recipe_of(pipeline, settings)
-    paths = {
-        job: found
-        for job in jobs
-        if recipe and (found := _written(job.path, {"prompt": job.prompt, "seed": job.seed, **recipe, **facts}))
-    }
-    todo = [job for job in jobs if job not in paths]
+    paths = {job.number: found for job in jobs if (found := _written(job.path, job.recipe))}
+    todo = [job for job in jobs if job.number not in paths]
     if paths:
         _logger.info("%d of %d pictures are already in %s", len(paths), len(jobs), folder)
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
-        output = pipeline([job.prompt for job in batch], seed=[job.seed for job in batch], **settings)
-        for job, image, recipe in zip(batch, output.images, output.recipes):
-            paths[job] = save_png(image, job.path, {**recipe, **facts})
-    done = [paths[job] for job in jobs]
+    captions = _encode(pipeline, todo)
+    if free_text_encoder:
+        pipeline.free_text_encoder()
+    for batch in _batches(todo, batch_size):
+        output = pipeline(
+            seed=[job.seed for job in batch],
+            callback_on_step_end=callback_on_step_end,
+            **{**batch[0].settings, **_embeddings(batch, captions)},
+        )
+        for job, image in zip(batch, output.images):
+            paths[job.number] = save_png(image, job.path, job.recipe)
+    done = [paths[job.number] for job in jobs]
     return done, _write_grid(jobs, done, folder / "grid.png", facts) if grid else None
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture to be drawn."""
+    """One picture to be drawn; settings: of the pipeline's call, its size among them."""
 
+    number: int
     path: Path
     prompt: str
     seed: int
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
 
 
-# Arguments of the pipeline's call and their names in a recipe.
-_IN_RECIPE = {name: name for name in ("guidance_scale", "negative_prompt", "null_caption", "height", "width")}
-_IN_RECIPE["num_inference_steps"] = "steps"
+def _facts(pipeline: PixArtPipeline, model: str) -> dict[str, Any]:
+    """What all recipes of a call say beside the request."""
+    plan = pipeline.memory_plan
+    return {
+        "model": model,
+        "model_fingerprint": model_fingerprint(pipeline.transformer),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "memory": None if plan is None else plan.name,
+        "versions": library_versions(),
+    }
 
 
-def _recipe_of(pipeline: PixArtPipeline, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the recipes of a call with these settings will say; None when it sets more than a recipe tells."""
-    if not settings.keys() <= _IN_RECIPE.keys():
-        return None
-    defaults = inspect.signature(PixArtPipeline.__call__).parameters
-    recipe = {key: settings.get(name, defaults[name].default) for name, key in _IN_RECIPE.items()}
-    for key, value in (("negative_prompt", ""), ("height", pipeline.default_size), ("width", pipeline.default_size)):
-        recipe[key] = value if recipe[key] is None else recipe[key]
-    return {**recipe, "solver": solver_name(pipeline.scheduler)}
+def _job(
+    pipeline: PixArtPipeline,
+    folder: Path,
+    number: int,
+    prompt: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> _Job:
+    sized = parse_directives(prompt, pipeline.default_size)
+    own = dict(settings)
+    if sized.height is not None:
+        own |= {"height": sized.height, "width": sized.width, "use_resolution_binning": sized.binned}
+    recipe = pipeline.recipes([sized.text], seed=[seed], **own)[0]
+    path = folder / f"{number:03d}-{slug(sized.text)}.png"
+    return _Job(number, path, sized.text, seed, own, {**recipe, **facts})
+
+
+def _encode(pipeline: PixArtPipeline, jobs: Sequence[_Job]) -> dict[str, Tensor]:
+    """Each prompt and negative prompt of the jobs as (L, C) on the CPU, padding cut off."""
+    texts = dict.fromkeys(job.prompt for job in jobs)
+    texts |= dict.fromkeys(job.recipe["negative_prompt"] for job in jobs if _needs_negative(job))
+    clean = any(job.recipe.get("clean_caption", False) for job in jobs)  # one setting for all
+    encoded: dict[str, Tensor] = {}
+    for start in range(0, len(texts), ENCODE_BATCH):
+        chunk = list(texts)[start : start + ENCODE_BATCH]
+        embeds, mask = pipeline.encode_captions(chunk, clean_caption=clean)
+        encoded |= {text: rows[kept].cpu() for text, rows, kept in zip(chunk, embeds, mask)}
+    return encoded
+
+
+def _needs_negative(job: _Job) -> bool:
+    return bool(job.recipe["null_caption"] == "t5_empty" and job.recipe["guidance_scale"] > 1)
+
+
+def _batches(jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
+    """Jobs of one size, `batch_size` at a time; the order within a size is kept."""
+    groups: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        drawn = (job.recipe["height"], job.recipe["width"], str(job.recipe.get("drawn_size")))
+        groups.setdefault(drawn, []).append(job)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _embeddings(batch: Sequence[_Job], captions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The captions of a batch as arguments of the pipeline's call."""
+
+    def padded(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = [captions[text] for text in texts]
+        lengths = torch.tensor([len(row) for row in rows])
+        embeds = pad_sequence(rows, batch_first=True)  # (B, L, C)
+        return embeds, torch.arange(embeds.shape[1]) < lengths[:, None]
+
+    embeds, mask = padded([job.prompt for job in batch])
+    given: dict[str, Any] = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    if _needs_negative(batch[0]):
+        embeds, mask = padded([batch[0].recipe["negative_prompt"]])
+        given |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+    return given
 
 
 def _written(path: Path, wanted: Mapping[str, Any]) -> Path | None:

@@ -31,7 +31,7 @@ def prepare_prompt(text: str, *, clean: bool = False) -> str:
     """A prompt as the T5 of PixArt expects it: lower case, stripped (as stock diffusers does); cut at 2000 characters.
 
     Args:
-        clean: also unescape HTML, normalise Unicode, remove control characters and collapse whitespace.
+        clean: also clean it as the original did, see `clean_caption`.
     """
     if len(text) > MAX_CAPTION_CHARS:
         kept, dropped = text[:MAX_CAPTION_CHARS], text[MAX_CAPTION_CHARS:]
@@ -39,7 +39,7 @@ def prepare_prompt(text: str, *, clean: bool = False) -> str:
             "a prompt of %d characters was cut at %d; dropped: %s", len(text), MAX_CAPTION_CHARS, shortened(dropped)
         )
         text = kept
-    return clean_caption(text, "light" if clean else "none").lower().strip()
+    return clean_caption(text, "original" if clean else "none").lower().strip()
 
 
 def shortened(text: str, length: int = 100) -> str:
@@ -81,9 +81,9 @@ def with_stored_null_caption(embeds: Tensor, mask: Tensor, network: PixArt) -> t
     return torch.cat([null, embeds]), torch.cat([mask, mask])
 
 
-def size_conditions(network: PixArt, rows: int, height: int, width: int) -> dict[str, Tensor]:
+def size_conditions(network: PixArt, rows: int, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
     """img_hw (rows, 2) in px and aspect_ratio (rows,) = height / width in float32, or nothing for models without."""
     if not network.config.micro_condition:
         return {}
-    size = torch.tensor([height, width], dtype=torch.float32, device=network.device)
+    size = torch.tensor([height, width], dtype=torch.float32, device=device)
     return {"img_hw": size.expand(rows, 2), "aspect_ratio": (size[0] / size[1]).expand(rows)}

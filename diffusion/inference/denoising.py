@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ Prediction = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Start:
+    """A known picture to begin from, instead of noise alone.
+
+    latents: (B, C, h, w) scaled, without noise. first_step: steps of the solver that are left out; all of them
+    gives `latents` back.
+    """
+
+    latents: Tensor
+    first_step: int
+
+
 def denoise(
     predict: Prediction,
     scheduler: Any,
@@ -24,6 +37,8 @@ def denoise(
     *,
     generators: list[torch.Generator] | None = None,
     on_step: OnStep | None = None,
+    start: Start | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Integrate from noise to latents.
 
@@ -34,37 +49,59 @@ def denoise(
         noise: (B, C, h, w) of N(0, 1); its dtype (float32) and device are kept throughout.
         generators: one a picture, for solvers that draw noise at every step.
         on_step: called with (step index, timestep, latents) after each step; returns the latents to go on with.
+        start: begin from a picture under `noise` (SDEdit, arXiv:2108.01073).
+        stop: asked after each step whether to end here.
     Returns:
         (B, C, h, w) scaled latents.
     Raises:
         NumericalError: the result is not finite.
     """
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    first = 0 if start is None else start.first_step
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first)
     extra = {"generator": generators} if accepts_generator(scheduler) else {}
-    latents = noise * scheduler.init_noise_sigma
-    for index, timestep in enumerate(scheduler.timesteps):
+    timesteps = scheduler.timesteps[first:]
+    if start is None or first == 0:  # the whole process begins with noise alone, whatever the picture
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        latents = noised(scheduler, start.latents, noise, timesteps[0] if len(timesteps) else None)
+    for index, timestep in enumerate(timesteps, start=first):
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(index, timestep, latents)
+        if stop is not None and stop():
+            break
     return require_finite(latents, "the denoised latents")
 
 
-def guide(output: Tensor, channels: int, scale: float, *, keep_variance: bool) -> Tensor:
-    """Classifier-free guidance on all noise channels (arXiv:2207.12598): uncond + scale * (cond - uncond).
+def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor | None) -> Tensor:
+    """q(x_t | x_0) of DDPM Eq. 4: latents, noise (B, C, h, w) -> (B, C, h, w); timestep None = no noise."""
+    if timestep is None:
+        return latents
+    alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(latents)
+    return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+
+def guide(
+    output: Tensor, channels: int, scale: float, *, keep_variance: bool, guided_channels: int | None = None
+) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598): uncond + scale * (cond - uncond).
 
     Args:
         output: (2B, C or 2C, h, w), the unconditional half first.
         channels: C.
         keep_variance: append the variance channels of the conditional half, unguided.
+        guided_channels: of the C noise channels; None = all, 3 = as the original's IDDPM sampler, which takes the
+            others from the conditional half.
     Returns:
         (B, C or 2C, h, w).
     """
     unconditional, conditional = output.chunk(2)
-    noise = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
-    return torch.cat([noise, conditional[:, channels:]], dim=1) if keep_variance else noise
+    guided = channels if guided_channels is None else guided_channels
+    noise = unconditional[:, :guided] + scale * (conditional[:, :guided] - unconditional[:, :guided])
+    return torch.cat([noise, conditional[:, guided:] if keep_variance else conditional[:, guided:channels]], dim=1)
 
 
 def picture_generators(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from diffusion.errors import CheckpointError
 from diffusion.inference.solvers import make_scheduler, stock_scheduler
 
 if TYPE_CHECKING:
-    from diffusion.inference.pipeline import PixArtPipeline
+    from diffusion.inference.parts import PipelineParts
 
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 _MODEL_INDEX = {
     "_class_name": "PixArtAlphaPipeline",
     "_diffusers_version": diffusers.__version__,
@@ -25,6 +27,32 @@ _MODEL_INDEX = {
     "transformer": ["diffusers", "PixArtTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def pipeline_folder(name: str | Path) -> Path:
+    """A local folder as it is, or the downloaded files of a model on the hub, as "PixArt-alpha/PixArt-XL-2-512x512".
+
+    Files of the hub's cache are used when the network is absent (or HF_HUB_OFFLINE is set); HF_HOME and HF_ENDPOINT
+    count.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub model that can be had.
+    """
+    path = Path(name)
+    if path.is_dir() or path.is_absolute() or not _HUB_ID.fullmatch(str(name)) or path.parent.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*model.safetensors", "*model-0*.safetensors"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name} is no folder and cannot be fetched from the hub ({reason}); get it where there is a network "
+            f"(`hf download {name} --local-dir DIR`) and give DIR"
+        ) from error
 
 
 def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:
@@ -50,7 +78,7 @@ def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:
     return cls.from_config(config)
 
 
-def save_pipeline(pipeline: PixArtPipeline, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_pipeline(pipeline: PipelineParts, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a folder that stock diffusers opens as `PixArtAlphaPipeline`; written aside, then renamed.
 
     Args:
@@ -62,7 +90,7 @@ def save_pipeline(pipeline: PixArtPipeline, folder: str | Path, dtype: torch.dty
         _write_parts(pipeline, aside, dtype)
 
 
-def _write_parts(pipeline: PixArtPipeline, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_parts(pipeline: PipelineParts, folder: Path, dtype: torch.dtype | None) -> None:
     pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
     for name in ("text_encoder", "vae"):
         module = getattr(pipeline, name)

@@ -55,6 +55,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
         else:
             self.betas = make_betas(beta_schedule, num_train_timesteps)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from torch.nn import functional as F
 
-from diffusion.checkpoints import load_transformer
-from diffusion.images import decode_latents, load_vae, to_pil
-from diffusion.inference.conditions import (
-    Conditions,
-    prepare_prompt,
-    shortened,
-    size_conditions,
-    with_null_caption,
-    with_stored_null_caption,
-)
-from diffusion.inference.denoising import denoise, guide, initial_noise, picture_generators, require_finite
-from diffusion.inference.folders import load_scheduler, save_pipeline
-from diffusion.inference.requests import SamplingRequest
+from diffusion.errors import PromptError
+from diffusion.images import crop_box_for, decode_latents, resize_and_crop, to_pil
+from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
+from diffusion.inference.denoising import Start, denoise, guide, initial_noise, picture_generators, require_finite
+from diffusion.inference.editing import Source, fingerprint, make_source
+from diffusion.inference.parts import PipelineParts
+from diffusion.inference.requests import ModelFacts, SamplingRequest
+from diffusion.inference.sizes import warn_of_untrained_area
 from diffusion.inference.solvers import solver_name, takes_variance
-from diffusion.text import CaptionEncoder
-
-_logger = logging.getLogger(__name__)
 
 StepCallback = Callable[["PixArtPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 _DECODE_PIXELS = 1024 * 1024  # decoded at once: the VAE's activations, not the network's, would fill the memory
@@ -47,86 +38,19 @@ class PixArtOutput(BaseOutput):
     recipes: list[dict[str, Any]]
 
 
-class PixArtPipeline(DiffusionPipeline):
+class PixArtPipeline(PipelineParts):
     """Sampler around the native network; opens and writes stock `PixArtAlphaPipeline` folders.
 
-    Same prompt, seed and scheduler give the picture of stock diffusers (`use_resolution_binning=False`).
+    Same prompt, seed and scheduler give the picture of stock diffusers (`use_resolution_binning=False`,
+    `clean_caption=False`).
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
-    tokenizer: Any
-    text_encoder: Any
-    vae: Any
-    transformer: Any
-    scheduler: Any
-
-    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
-        )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        folder: str | Path,
-        *,
-        transformer: str | Path | None = None,
-        ema: bool = False,
-        algorithm: str | None = None,
-        device: str | torch.device = "cpu",
-        torch_dtype: torch.dtype = torch.float32,
-        vae_dtype: torch.dtype = torch.float32,
-    ) -> PixArtPipeline:
-        """Load a local pipeline folder.
-
-        Args:
-            folder: tokenizer, text_encoder, vae, scheduler, and transformer unless given.
-            transformer: another transformer folder, or a `checkpoint-N` of a run; ema: its averaged weights.
-            algorithm: solver name (see `make_scheduler`); None = the folder's scheduler.
-            torch_dtype: of text encoder and transformer. vae_dtype: of the VAE; float16 overflows in many of them.
-        Raises:
-            CheckpointError: something is missing or damaged. PromptError: unknown algorithm.
-        """
-        encoder = CaptionEncoder.from_pretrained(folder, device=device, dtype=torch_dtype)
-        scheduler = load_scheduler(folder, algorithm)
-        vae = load_vae(folder, device=device, dtype=vae_dtype)
-        source = folder if transformer is None else transformer
-        network = load_transformer(source, ema=ema, device=device, dtype=torch_dtype)
-        return cls(encoder.tokenizer, encoder.model, vae, network, scheduler)
-
-    def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write a new folder that stock diffusers opens; see `save_pipeline`."""
-        save_pipeline(self, folder, dtype)
+    _interrupt = False
 
     @property
-    def vae_factor(self) -> int:
-        """Pixels a latent covers along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def default_size(self) -> int:
-        """Height and width in px of a picture when none are given: the model's training size."""
-        return int(self.transformer.config.input_size) * self.vae_factor
-
-    @torch.no_grad()
-    def encode_captions(
-        self, captions: Sequence[str], *, clean_caption: bool = False, max_sequence_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Encode prompts -> embeds (P, L, C), mask (P, L) True = keep; L the longest.
-
-        max_sequence_length: tokens after which a prompt is cut, with a notice; None = the model's (120, or 300).
-        """
-        limit = max_sequence_length
-        if limit is None:
-            limit = 120 if self.transformer is None else self.transformer.config.model_max_length
-        encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit)
-        embeds, mask = encoder.encode([prepare_prompt(text, clean=clean_caption) for text in captions])
-        for part in encoder.dropped:
-            _logger.warning("a prompt was cut at %d tokens; dropped: %s", limit, shortened(part))
-        return require_finite(embeds, "the caption embeddings"), mask
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback, as with diffusers' pipelines, to stop after that step."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -136,131 +60,233 @@ class PixArtPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
+        guidance_channels: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        use_resolution_binning: bool = False,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        null_caption: str = "t5_empty",
-        clean_caption: bool = False,
+        latents: Tensor | None = None,
+        null_caption: str | None = None,
+        clean_caption: bool | None = None,
         max_sequence_length: int | None = None,
         prompt_embeds: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        negative_prompt_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 1.0,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> PixArtOutput:
         """Draw pictures: all of the first prompt, then all of the second, ...
 
         Args:
-            prompt: one or P texts; or prompt_embeds (P, L, C) with prompt_mask (P, L).
+            prompt: one or P texts; or prompt_embeds (P, L, C) with prompt_attention_mask (P, L).
             negative_prompt: what guidance leads away from, in place of the null caption; one, or one a prompt. Or
-                negative_prompt_embeds (1 or P, L, C) with negative_prompt_mask.
+                negative_prompt_embeds (1 or P, L, C) with negative_prompt_attention_mask.
             guidance_scale: classifier-free guidance; <= 1 = none, one pass a step.
+            guidance_channels: latent channels it acts on; None = all, 3 = as the original's IDDPM sampler.
             height, width: px, multiples of 16; None = the model's training size.
+            use_resolution_binning: draw the trained size that is nearest in ratio, then scale and cut to
+                height x width, which may be any.
             seed: picture i of this call uses seed + i; a list gives one a picture; None = random (see the recipes).
                 A picture is the same whatever batch it is drawn in, with stochastic solvers too.
             generator: instead of seed: one a picture.
+            latents: (B, 4, h, w) of N(0, 1), the noise to begin with instead of the generators'.
             null_caption: "t5_empty", T5("") under its own mask (diffusers), or "stored", the model's null embedding
-                under the caption's mask (native official files).
-            clean_caption, max_sequence_length: see `prepare_prompt`, `encode_captions`.
-            output_type: "pil", "pt", "np" or "latent"; see `PixArtOutput`.
+                under the caption's mask (native official files); None = as the pipeline's attribute says.
+            clean_caption, max_sequence_length: see `prepare_prompt`, `encode_captions`; None = the pipeline's.
+            image: begin from a picture (PIL or tensor, one or one each); strength: share of the steps that repaint it,
+                0 = the VAE's round trip, 1 = noise alone.
+            mask_image: white is repainted, black keeps the pixels of `image` bit for bit.
+            output_type: "pil", "pt", "np" or "latent"; see `PixArtOutput`. return_dict: False = the tuple (images,).
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) after each step; latents of
                 the dict it returns replace the current ones.
         Raises:
             PromptError: an argument outside its range. NumericalError: a stage gives values that are not finite.
         """
-        config = self.transformer.config
-        request = SamplingRequest(
-            prompt,
-            prompt_embeds,
-            prompt_mask,
-            negative_prompt,
-            negative_prompt_embeds,
-            negative_prompt_mask,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            height=self.default_size if height is None else height,
-            width=self.default_size if width is None else width,
-            size_multiple=self.vae_factor * config.patch_size,
-            num_images_per_prompt=num_images_per_prompt,
-            null_caption=null_caption,
-            output_type=output_type,
-        )
+        given = locals()
+        request = SamplingRequest(model=self._facts, **{name: given[name] for name in _REQUEST_FIELDS})
+        warn_of_untrained_area(self.default_size, *request.drawn_size)
+        self._interrupt = False
         generators, seeds = picture_generators(request.count, seed, generator)
-        conditions = self._conditions(request, clean_caption, max_sequence_length)
-        latents = self._sample(request, conditions, generators, callback_on_step_end)
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        recipes = request.recipes(solver_name(self.scheduler), seeds, _fingerprints(request))
+        conditions = self._conditions(request, max_sequence_length)
+        source = self._source(request)
+        noise = self._noise(request, generators, latents)
+        drawn = self._sample(request, conditions, noise, generators, source, callback_on_step_end)
+        if self._interrupt:
+            recipes = [{**recipe, "interrupted": True} for recipe in recipes]
+        images = drawn if output_type == "latent" else self._decode(request, drawn, generators, source)
         self.maybe_free_model_hooks()
-        return PixArtOutput(images, request.recipes(solver_name(self.scheduler), seeds))
+        return PixArtOutput(images, recipes) if return_dict else (images,)  # type: ignore[return-value]
 
-    def _conditions(self, request: SamplingRequest, clean_caption: bool, max_length: int | None) -> Conditions:
+    def recipes(self, prompt: Sequence[str], *, seed: Sequence[int], **arguments: Any) -> list[dict[str, Any]]:
+        """The recipes that a call with these arguments will return, one a prompt; nothing is drawn."""
+        defaults = {name: _CALL_DEFAULTS[name] for name in _REQUEST_FIELDS}
+        request = SamplingRequest(model=self._facts, **{**defaults, **arguments, "prompt": list(prompt)})
+        return request.recipes(solver_name(self.scheduler), list(seed), _fingerprints(request))
+
+    @property
+    def _facts(self) -> ModelFacts:
+        config = self.transformer.config
+        return ModelFacts(
+            default_size=self.default_size,
+            size_multiple=self.vae_factor * config.patch_size,
+            channels=config.in_channels,
+            null_caption=self.null_caption,
+            clean_caption=self.clean_captions,
+        )
+
+    def _conditions(self, request: SamplingRequest, max_length: int | None) -> Conditions:
         """Captions repeated for every picture, under guidance with the null captions before them, and sizes."""
-
-        def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-            return self.encode_captions(texts, clean_caption=clean_caption, max_sequence_length=max_length)
+        device = self.execution_device
 
         def per_picture(rows: Tensor) -> Tensor:
-            return rows.to(self.transformer.device).repeat_interleave(request.num_images_per_prompt, dim=0)
+            return rows.to(device).repeat_interleave(request.num_images_per_prompt, dim=0)
 
-        embeds, mask = request.embeds, request.mask
-        if embeds is None or mask is None:
-            embeds, mask = encode(request.prompts)
+        embeds, mask = request.prompt_embeds, request.prompt_attention_mask
+        null_embeds, null_mask = request.negative_prompt_embeds, request.negative_prompt_attention_mask
+        texts = request.prompts if embeds is None else []
+        needs_null = request.guided and request.null_caption != "stored" and null_embeds is None
+        negatives = request.negative_prompts if needs_null else []
+        if texts or negatives:  # one pass through T5, which a memory plan may have to bring for it
+            rows, kept = self.encode_captions(
+                [*texts, *negatives], clean_caption=request.clean_caption, max_sequence_length=max_length
+            )
+            if texts:
+                embeds, mask = rows[: len(texts)], kept[: len(texts)]
+            if negatives:
+                null_embeds, null_mask = rows[len(texts) :], kept[len(texts) :]
+        assert embeds is not None and mask is not None  # the request has checked it
         embeds, mask = per_picture(embeds), per_picture(mask)
         if request.guided and request.null_caption == "stored":
             embeds, mask = with_stored_null_caption(embeds, mask, self.transformer)
-        elif request.guided:
-            null_embeds, null_mask = request.negative_embeds, request.negative_mask
-            if null_embeds is None or null_mask is None:
-                null_embeds, null_mask = encode(request.negative_prompts)
+        elif null_embeds is not None and null_mask is not None and request.guided:
             if len(null_embeds) > 1:
                 null_embeds, null_mask = per_picture(null_embeds), per_picture(null_mask)
             embeds, mask = with_null_caption(embeds, mask, null_embeds, null_mask)
-        return Conditions(embeds, mask, size_conditions(self.transformer, len(embeds), request.height, request.width))
+        sizes = size_conditions(self.transformer, len(embeds), *request.drawn_size, device)
+        return Conditions(embeds, mask, sizes)
+
+    def _source(self, request: SamplingRequest) -> Source | None:
+        if request.image is None:
+            return None
+        self._bring("vae")
+        return make_source(
+            self.vae,
+            request.image,
+            request.mask_image,
+            count=request.count,
+            size=request.drawn_size,
+            device=self.execution_device,
+        )
+
+    def _noise(self, request: SamplingRequest, generators: list[torch.Generator], given: Tensor | None) -> Tensor:
+        """(B, C, h, w) float32, drawn picture by picture unless given."""
+        height, width = (side // self.vae_factor for side in request.drawn_size)
+        shape = (self.transformer.config.in_channels, height, width)
+        if given is None:
+            return initial_noise(request.count, shape, generators, self.execution_device)
+        if tuple(given.shape) != (request.count, *shape):
+            raise PromptError(f"latents of shape {tuple(given.shape)} must be {(request.count, *shape)}")
+        return given.to(self.execution_device, torch.float32)
 
     def _sample(
         self,
         request: SamplingRequest,
         conditions: Conditions,
+        noise: Tensor,
         generators: list[torch.Generator],
+        source: Source | None,
         callback: StepCallback | None,
     ) -> Tensor:
         """Noise to latents (B, C, h, w), float32 whatever the network's dtype."""
         network, keep_variance = self.transformer, takes_variance(self.scheduler)
-        channels = network.config.in_channels
+        channels, steps = network.config.in_channels, request.num_inference_steps
+        if request.first_step < steps:
+            self._bring("transformer")
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             inputs = torch.cat([latents, latents]) if request.guided else latents
             # float32 timesteps whatever the network's dtype: bfloat16 would round 999 to 1000.
             timesteps = timestep.to(device=inputs.device, dtype=torch.float32).expand(len(inputs))
             output = network(inputs, timesteps, conditions.embeds, conditions.mask, **conditions.sizes).float()
-            if request.guided:
-                return guide(output, channels, request.guidance_scale, keep_variance=keep_variance)
-            return output if keep_variance else output[:, :channels]
+            if not request.guided:
+                return output if keep_variance else output[:, :channels]
+            return guide(
+                output,
+                channels,
+                request.guidance_scale,
+                keep_variance=keep_variance,
+                guided_channels=request.guidance_channels,
+            )
 
-        shape = (channels, request.height // self.vae_factor, request.width // self.vae_factor)
-        noise = initial_noise(request.count, shape, generators, network.device)
-        steps = request.num_inference_steps
-        with self.progress_bar(total=steps) as bar:
+        hold = None if source is None else source.hold_latents(self.scheduler, noise, steps - 1)
+        with self.progress_bar(total=steps - request.first_step) as bar:
 
             def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
                 bar.update()
+                if hold is not None:
+                    latents = hold(index, latents)
                 if callback is None:
                     return latents
                 returned = callback(self, index, int(timestep), {"latents": latents})
                 return latents if returned is None else returned.get("latents", latents)
 
-            return denoise(predict, self.scheduler, noise, steps, generators=generators, on_step=on_step)
+            return denoise(
+                predict,
+                self.scheduler,
+                noise,
+                steps,
+                generators=generators,
+                on_step=on_step,
+                start=None if source is None else Start(source.latents, request.first_step),
+                stop=lambda: self._interrupt,
+            )
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
+    def _decode(
+        self, request: SamplingRequest, latents: Tensor, generators: list[torch.Generator], source: Source | None
+    ) -> Any:
         """Latents (B, C, h, w) to pictures, a few at a time."""
-        pixels_each = latents.shape[-2] * latents.shape[-1] * self.vae_factor**2
-        chunks = latents.split(max(1, _DECODE_PIXELS // pixels_each))
-        pixels = torch.cat([decode_latents(self.vae, chunk) for chunk in chunks])  # (B, 3, H, W)
+        self._bring("vae")
+        at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
+        pixels = torch.cat(
+            [
+                decode_latents(self.vae, latents[i : i + at_once], self.execution_device, generators[i : i + at_once])
+                for i in range(0, len(latents), at_once)
+            ]
+        )  # (B, 3, H, W)
         require_finite(pixels, "the pictures decoded by the VAE")
-        if output_type == "pt":
+        if source is not None:
+            pixels = source.hold_pixels(pixels)
+        size = (request.height, request.width)
+        if request.output_type == "pil":
+            return [resize_and_crop(to_pil(picture), size)[0] for picture in pixels]
+        if pixels.shape[-2:] != size:
+            pixels = _resized(pixels, size)
+        if request.output_type == "pt":
             return pixels
-        if output_type == "np":
-            return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        return [to_pil(picture) for picture in pixels]
+        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+_CALL_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(PixArtPipeline.__call__).parameters.items()
+}
+_REQUEST_FIELDS = tuple(field.name for field in fields(SamplingRequest) if field.name != "model")
+
+
+def _fingerprints(request: SamplingRequest) -> dict[str, str]:
+    pictures = {"image": request.image, "mask_image": request.mask_image}
+    return {name: fingerprint(picture) for name, picture in pictures.items() if picture is not None}
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) scaled to cover `size` and cut in the centre, as `resize_and_crop` does with pictures."""
+    left, top, right, bottom = (round(edge) for edge in crop_box_for(pixels.shape[-1], pixels.shape[-2], size))
+    cut = pixels[:, :, top:bottom, left:right]
+    return F.interpolate(cut, size=size, mode="bicubic", antialias=True, align_corners=False)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion.errors import PromptError, did_you_mean
+from diffusion.inference.sizes import MAX_SIDE_PX, binned_size
 from diffusion.models import NULL_CAPTIONS
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -17,34 +18,61 @@ MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
-    """One call of the pipeline, with sizes filled in. Captions are texts, or embeddings encoded before.
+class ModelFacts:
+    """What a request has to know of the model: sizes in px, latent channels, conventions it was trained with.
 
     Args:
-        prompt: one or P texts; or embeds (P, L, C) with mask (P, L).
-        negative_prompt: None, one, or P texts; or negative_embeds (1 or P, L, C) with negative_mask.
-        size_multiple: px a token covers, which height and width (px) must divide into.
+        default_size: side of a picture when none is given. size_multiple: px that a token covers.
+    """
+
+    default_size: int
+    size_multiple: int
+    channels: int
+    null_caption: str
+    clean_caption: bool
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One call of the pipeline. Captions are texts, or embeddings encoded before.
+
+    Args:
+        prompt: one or P texts; or prompt_embeds (P, L, C) with its mask (P, L).
+        negative_prompt: None, one, or P texts; or embeds (1 or P, L, C) with its mask.
+        height, width, null_caption, clean_caption: None = the model's.
+        others: see `PixArtPipeline.__call__`.
     Raises:
         PromptError: names the argument, its value and the rule.
     """
 
+    model: ModelFacts
     prompt: Any
-    embeds: Tensor | None
-    mask: Tensor | None
+    prompt_embeds: Tensor | None
+    prompt_attention_mask: Tensor | None
     negative_prompt: Any
-    negative_embeds: Tensor | None
-    negative_mask: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    negative_prompt_attention_mask: Tensor | None
     num_inference_steps: int
     guidance_scale: float
-    height: int
-    width: int
-    size_multiple: int
+    guidance_channels: int | None
+    height: Any
+    width: Any
+    use_resolution_binning: bool
     num_images_per_prompt: int
-    null_caption: str
+    null_caption: Any
+    clean_caption: Any
+    image: Any
+    mask_image: Any
+    strength: float
     output_type: str
 
     def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            self._fill(name, self.model.default_size)
+        self._fill("null_caption", "t5_empty" if self._has_negative() else self.model.null_caption)
+        self._fill("clean_caption", self.model.clean_caption)
         self._check_sizes()
+        self._check_numbers()
         self._check_captions()
 
     @property
@@ -59,7 +87,7 @@ class SamplingRequest:
 
     @property
     def num_prompts(self) -> int:
-        return len(self.prompts) if self.embeds is None else len(self.embeds)
+        return len(self.prompts) if self.prompt_embeds is None else len(self.prompt_embeds)
 
     @property
     def count(self) -> int:
@@ -70,14 +98,40 @@ class SamplingRequest:
     def guided(self) -> bool:
         return self.guidance_scale > 1
 
-    def recipes(self, solver: str, seeds: list[int] | None) -> list[dict[str, Any]]:
-        """How each picture can be made again; seeds None = generators were given, whose state is not known."""
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """(height, width) in px that the network draws: the asked one, or the trained size nearest in ratio."""
+        if not self.use_resolution_binning:
+            return self.height, self.width
+        return binned_size(self.model.default_size, self.height, self.width)
+
+    @property
+    def first_step(self) -> int:
+        """Steps that a source picture of this strength saves."""
+        if self.image is None:
+            return 0
+        return self.num_inference_steps - min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+    def recipes(self, solver: str, seeds: list[int] | None, sources: dict[str, str]) -> list[dict[str, Any]]:
+        """How each picture can be made again.
+
+        Args:
+            seeds: None = generators were given, whose state is not known.
+            sources: fingerprints of "image" and "mask_image", where given.
+        """
         texts: list[str | None] = [*self.prompts] or [None] * self.num_prompts
         negatives: list[str | None] = [*self.negative_prompts]
-        if self.negative_embeds is not None:
+        if self.negative_prompt_embeds is not None and self.negative_prompt is None:
             negatives = [None]
         if len(negatives) == 1:
             negatives = negatives * self.num_prompts
+        options: dict[str, Any] = {"strength": self.strength, **sources} if sources else {}
+        if self.guidance_channels is not None:
+            options["guidance_channels"] = self.guidance_channels
+        if self.clean_caption:
+            options["clean_caption"] = True
+        if self.use_resolution_binning:
+            options["drawn_size"] = list(self.drawn_size)
         return [
             {
                 "prompt": texts[index // self.num_images_per_prompt],
@@ -89,36 +143,69 @@ class SamplingRequest:
                 "null_caption": self.null_caption,
                 "height": self.height,
                 "width": self.width,
+                **options,
             }
             for index in range(self.count)
         ]
 
+    def _fill(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _has_negative(self) -> bool:
+        return self.negative_prompt_embeds is not None or any(self.negative_prompts)
+
     def _check_sizes(self) -> None:
+        multiple = 1 if self.use_resolution_binning is True else self.model.size_multiple
         for name in ("height", "width"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < self.size_multiple or value % self.size_multiple:
-                raise PromptError(f"{name}={value!r} must be a positive multiple of {self.size_multiple} px")
-        steps, images, scale = self.num_inference_steps, self.num_images_per_prompt, self.guidance_scale
+            if not _is_integer(value) or value < multiple or value % multiple:
+                raise PromptError(
+                    f"{name}={value!r} must be a positive multiple of {self.model.size_multiple} px "
+                    "(with use_resolution_binning, any positive integer)"
+                )
+            if value > MAX_SIDE_PX:
+                raise PromptError(
+                    f"{name}={value} must be at most {MAX_SIDE_PX} px; draw smaller and enlarge afterwards"
+                )
+        _ = self.drawn_size  # raises when the model's size has no table
+
+    def _check_numbers(self) -> None:
+        steps, images = self.num_inference_steps, self.num_images_per_prompt
         if not _is_integer(steps) or not 1 <= steps <= MAX_STEPS:
             raise PromptError(f"num_inference_steps={steps!r} must be an integer in 1..{MAX_STEPS}")
         if not _is_integer(images) or images < 1:
             raise PromptError(f"num_images_per_prompt={images!r} must be an integer of at least 1")
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-            raise PromptError(f"guidance_scale={scale!r} must be a finite number >= 0 (1 = no guidance)")
+        if not _is_finite(self.guidance_scale) or self.guidance_scale < 0:
+            raise PromptError(
+                f"guidance_scale={self.guidance_scale!r} must be a finite number >= 0 (1 = no guidance, 4.5 is usual)"
+            )
+        if not _is_finite(self.strength) or not 0 <= self.strength <= 1:
+            raise PromptError(f"strength={self.strength!r} must be a number in 0..1 (0 keeps the picture)")
+        guided = self.guidance_channels
+        if guided is not None and (not _is_integer(guided) or not 1 <= guided <= self.model.channels):
+            raise PromptError(f"guidance_channels={guided!r} must be an integer in 1..{self.model.channels}, or None")
         for name, choices in (("null_caption", NULL_CAPTIONS), ("output_type", OUTPUT_TYPES)):
             if getattr(self, name) not in choices:
                 value = str(getattr(self, name))
                 raise PromptError(f"{name}={value!r} is unknown; {did_you_mean(value, choices)}")
+        if self.mask_image is not None and self.image is None:
+            raise PromptError("mask_image is given without image; give the picture that it covers")
 
     def _check_captions(self) -> None:
-        _check_one("prompt", self.prompt, self.embeds, self.mask)
-        if self.prompt is None and self.embeds is None:
-            raise PromptError("prompt=None: give prompt, or prompt_embeds with prompt_mask")
-        _check_one("negative_prompt", self.negative_prompt, self.negative_embeds, self.negative_mask)
-        negatives = self.negative_prompts
-        if self.null_caption == "stored" and any(negatives):
+        _check_one("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask)
+        if self.prompt is None and self.prompt_embeds is None:
+            raise PromptError("prompt=None: give prompt, or prompt_embeds with prompt_attention_mask")
+        _check_one(
+            "negative_prompt",
+            self.negative_prompt,
+            self.negative_prompt_embeds,
+            self.negative_prompt_attention_mask,
+        )
+        if self.null_caption == "stored" and self._has_negative():
             raise PromptError("negative_prompt replaces the null caption; use null_caption='t5_empty' with it")
-        given = len(negatives) if self.negative_embeds is None else len(self.negative_embeds)
+        embeds = self.negative_prompt_embeds
+        given = len(self.negative_prompts) if embeds is None else len(embeds)
         if given not in (1, self.num_prompts):
             raise PromptError(
                 f"negative_prompt has {given} texts for {self.num_prompts} prompts; give one, or one each"
@@ -129,7 +216,7 @@ def _check_one(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None)
     if text is not None and embeds is not None:
         raise PromptError(f"{name} and {name}_embeds are both given; give one of them")
     if (embeds is None) != (mask is None):
-        raise PromptError(f"{name}_embeds and its mask belong together; give both")
+        raise PromptError(f"{name}_embeds and {name}_attention_mask belong together; give both")
     if embeds is not None and mask is not None and (embeds.ndim != 3 or embeds.shape[:2] != mask.shape):
         raise PromptError(f"{name}_embeds {tuple(embeds.shape)} must be (P, L, C) and its mask (P, L)")
 
@@ -143,3 +230,7 @@ def _as_texts(value: Any, name: str) -> list[str]:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
 from diffusion.errors import PromptError, did_you_mean
@@ -24,7 +24,7 @@ PROCESS: dict[str, Any] = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
 }
-DEFAULT_STEPS = {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100, "ddim": 50, "lcm": 4}
+DEFAULT_STEPS = {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100, "ddim": 50, "deis": 20, "lcm": 4}
 ALGORITHMS = tuple(DEFAULT_STEPS)
 _ALIASES = {"ddpm": "iddpm"}
 
@@ -78,6 +78,10 @@ _SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "iddpm": (IDDPMScheduler, {}),
     # "trailing" starts at 999 and lands on 0 exactly: DDIM's stride is T // n, which "linspace" does not keep.
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}),
+    "deis": (
+        DEISMultistepScheduler,
+        {"solver_order": 2, "lower_order_final": True, "timestep_spacing": "linspace"},
+    ),
     "lcm": (OriginalLCMScheduler, {"original_inference_steps": 50, "clip_sample": False, "set_alpha_to_one": True}),
 }
 
@@ -98,8 +102,8 @@ def make_scheduler(algorithm: str, *, base_config: Mapping[str, Any] | None = No
     """A fresh scheduler.
 
     "dpm-solver": DPM-Solver++ 2M (arXiv:2211.01095), uniform in time; "sa-solver": SA-Solver (arXiv:2309.05019),
-    stochastic for 200 <= t <= 800; "iddpm" or "ddpm": ancestral with the learned variance; "ddim"; "lcm": for
-    distilled models (arXiv:2310.04378).
+    stochastic for 200 <= t <= 800; "iddpm" or "ddpm": ancestral with the learned variance; "ddim"; "deis"
+    (arXiv:2204.13902); "lcm": for distilled models (arXiv:2310.04378).
 
     Args:
         base_config: config of another scheduler, whose noise process (betas, prediction type) is kept; None = PixArt's.

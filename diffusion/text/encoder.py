@@ -24,8 +24,13 @@ class CaptionEncoder:
     what the last call cut off, one text a cut caption.
     """
 
-    def __init__(self, tokenizer: Any, model: Any, *, max_length: int = 120) -> None:
-        """`tokenizer`: a fast transformers tokenizer; `model`: T5EncoderModel; `max_length`: tokens with `</s>`."""
+    def __init__(
+        self, tokenizer: Any, model: Any, *, max_length: int = 120, device: str | torch.device | None = None
+    ) -> None:
+        """`tokenizer`: a fast transformers tokenizer; `model`: T5EncoderModel; `max_length`: tokens with `</s>`.
+
+        `device`: where inputs go; None = where the model lies. An offloaded model lies elsewhere than it computes.
+        """
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
         if len(tokenizer) > model.config.vocab_size:
@@ -36,6 +41,7 @@ class CaptionEncoder:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
         self.max_length = max_length
+        self._device = None if device is None else torch.device(device)
         self.num_truncated = 0
         self.dropped: list[str] = []
 
@@ -50,7 +56,8 @@ class CaptionEncoder:
     ) -> CaptionEncoder:
         """Load from a diffusers pipeline folder (`tokenizer/` and `text_encoder/`) or from a plain T5 folder.
 
-        Only local files are read. Raises CheckpointError when a part is missing or unreadable.
+        Only local files are read. In float16 some layers stay in float32, see `make_float16_safe`.
+        Raises CheckpointError when a part is missing or unreadable.
         """
         from transformers import AutoTokenizer, T5EncoderModel
 
@@ -69,11 +76,11 @@ class CaptionEncoder:
             # transformers would go on with random weights in their place.
             missing = sorted(loading["missing_keys"])
             raise CheckpointError(f"{encoder_folder}: {len(missing)} weights are missing, the first {missing[0]!r}")
-        return cls(tokenizer, model.to(device), max_length=max_length)
+        return cls(tokenizer, make_float16_safe(model).to(device), max_length=max_length)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device if self._device is None else self._device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +137,19 @@ class CaptionEncoder:
         mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
         embeds = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, C)
         return embeds.to(self.dtype), mask
+
+
+def make_float16_safe(model: Any) -> Any:
+    """The same T5; when it is in float16, the second products of its feed-forward layers (`wo`) go to float32.
+
+    In T5 v1.1 their results exceed float16's 65,504. The sums they enter are then float32 too, and each norm returns
+    to float16. transformers loads float16 weights so; a cast afterwards undoes it.
+    """
+    if model.dtype == torch.float16:
+        for name, module in model.named_modules():
+            if name.endswith(".wo"):
+                module.float()
+    return model
 
 
 def _end_of_kept(encoding: Any) -> int:

@@ -99,9 +99,9 @@ class PromptGrid:
         null_embeds, null_mask = self.null
         pictures = self.pipeline(
             prompt_embeds=embeds,
-            prompt_mask=mask,
+            prompt_attention_mask=mask,
             negative_prompt_embeds=null_embeds,
-            negative_prompt_mask=null_mask,
+            negative_prompt_attention_mask=null_mask,
             null_caption=self.null_caption,
             num_inference_steps=self.settings.num_inference_steps,
             guidance_scale=self.settings.guidance_scale,

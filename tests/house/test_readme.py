@@ -1,4 +1,5 @@
-"""The commands and the code of the README, typed as they stand; only sizes are cut where a CPU would take hours."""
+"""The commands and the code of README and docs/inference.md, typed as they stand; only sizes are cut where a CPU would
+take hours."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INFERENCE = (ROOT / "docs/inference.md").read_text(encoding="utf-8")
 # What is appended to a command that begins so. None: it is not run here, for the reason beside it.
 SMALL_TRAINING = "train_batch_size=4 max_steps=1 num_workers=0 mixed_precision=no validation.prompts=[]"
 APPENDED: dict[str, str | None] = {
     "make": None,  # the continuous integration calls the targets themselves
     "pip install": None,  # would change the environment that runs this test; `make install` does the same
     "python scripts/inference.py": "--step 2",
+    "python scripts/infer_pixart_8_bits.py": "--step 2",
     "python tools/extract_features.py": "--limit 48",
     "python train_scripts/train.py": f"--cfg-options {SMALL_TRAINING}",
     "torchrun": SMALL_TRAINING,  # ends with --cfg-options already
@@ -26,7 +29,7 @@ APPENDED: dict[str, str | None] = {
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", f"{README}\n{INFERENCE}", flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -64,6 +67,8 @@ def test_commands(checkout: Path) -> None:
             ran += 1
     assert ran >= 5
     assert (checkout / "output/features/emoji-256/manifest.json").is_file()
+    assert (checkout / "output/samples/cat.png").is_file()
+    assert len(list((checkout / "output/samples/docs").glob("*.png"))) == 5  # 2, their grid, and 1 each
     assert (checkout / "output/emoji/checkpoints/checkpoint-1/transformer_ema/config.json").is_file()
 
 

@@ -144,7 +144,7 @@ def test_stored_null_caption(tmp_path: Path, pipeline_folder: Path) -> None:
     by_hand = pipe(
         "a cat",
         negative_prompt_embeds=stored[None, : embeds.shape[1]],
-        negative_prompt_mask=mask,
+        negative_prompt_attention_mask=mask,
         **arguments,
     ).images
     torch.testing.assert_close(latents, by_hand)
@@ -164,9 +164,9 @@ def test_embeddings_stand_for_prompts_without_a_text_encoder(pipeline_folder: Pa
     pipe.text_encoder = None
     images = pipe(
         prompt_embeds=embeds,
-        prompt_mask=mask,
+        prompt_attention_mask=mask,
         negative_prompt_embeds=null_embeds,
-        negative_prompt_mask=null_mask,
+        negative_prompt_attention_mask=null_mask,
         seed=1,
         num_inference_steps=2,
     ).images

@@ -54,3 +54,45 @@ def test_none_keeps_the_text() -> None:
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="'heavy'"):
         clean_caption("a", "heavy")
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A%20Red+Apple", "a red apple"),  # URL-decoded with plus as space, lower case
+        ("a <person> walks", "a person walks"),
+        ("cat https://example.com/cats?x=1 sleeps", "cat ?x=1 sleeps"),  # scheme, then host and path
+        ("cat at example.com/cats sleeps", "cat at sleeps"),
+        ("<b>bold</b> <i class='x'>cat</i>", "bold cat"),
+        ("photo by @somebody now", "photo by now"),
+        ("a 汉字 cat ㍿", "a cat"),
+        ("red–blue — green", "red-blue - green"),
+        ("«cat» ‘dog’", "cat\" 'dog"),  # one pair of enclosing quotes goes, whichever they are
+        ("from 192.168.10.1 here", "from here"),
+        ("it is 5:30   ", "it is 5:30"),  # stripped before; the time goes only with space behind it
+        ("#12 and #123456 and 1234567", "and and"),
+        ("see picture.jpg now", "see now"),
+        ("wait... what", "wait what"),
+        ("a #tag (yes) [no] {x} | ~ * \\", "a tag yes no x"),
+        ("one-two-three-four-five", "one two three four five"),
+        ("cute_cat", "cute_cat"),
+        ("\uff43\uff41\uff54 \ufb01sh &amp;lt;3", "cat fish lt;3"),  # full-width letters and ligatures by ftfy
+        ("shoes jc6640 and jc6640vc and 66vc23", "shoes and and"),
+        ("worldwide free shipping of cats, free download", "of cats"),
+        ("click for more cats", "cats"),
+        ("png image of page 12 cat", "of cat"),
+        ("size 10x20 and 3\u00d74.5", "size and"),
+        ("cat,dog.mouse/bird", "cat, dog. mouse bird"),
+        ("'quoted'", "quoted"),
+        ("-cat:", "cat"),
+    ],
+)
+def test_cleaning_of_the_original_step_by_step(text: str, cleaned: str) -> None:
+    assert clean_caption(text, "original") == cleaned
+
+
+def test_cleaning_of_the_original_ends_quickly() -> None:
+    started = time.process_time()
+    for nasty in ("<", "&amp;", "www.", "a1", "1a", "- ", "\u00d7"):
+        clean_caption(nasty * 300_000, "original")
+    assert time.process_time() - started < 10.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from diffusion.errors import CheckpointError
-from diffusion.text import CaptionEncoder
+from diffusion.text import CaptionEncoder, make_float16_safe
 from tests.tiny import TINY_TEXT_CHANNELS, tiny_text_encoder, tiny_tokenizer, write_tiny_pipeline_parts
 
 CAPTIONS = ["a red apple", "", "woman astronaut with medium skin tone in the sun", "cat"]
@@ -115,3 +116,33 @@ def test_wrong_arguments(encoder: CaptionEncoder) -> None:
         encoder.encode([])
     with pytest.raises(ValueError, match="not one string"):
         encoder.encode("a cat")
+
+
+def test_float16_would_overflow_and_is_kept_from_it(folder: Path) -> None:
+    """Feed-forward sums beyond 65,504, as T5-XXL has them: float32 where they arise, float16 elsewhere."""
+    encoder = CaptionEncoder.from_pretrained(folder)
+    for block in encoder.model.encoder.block:
+        block.layer[1].DenseReluDense.wo.weight.mul_(3e6)
+    expected = encoder.encode(CAPTIONS)[0]
+    plain = copy.deepcopy(encoder.model).half()
+    mask = encoder.encode(CAPTIONS)[1]
+    unsafe = CaptionEncoder(encoder.tokenizer, plain).encode(CAPTIONS)[0]
+    cosine = torch.nn.functional.cosine_similarity
+    assert not (cosine(unsafe.float(), expected, dim=-1)[mask] > 0.99).all()  # clipped, or not even finite
+    for block in plain.encoder.block:  # the weights themselves, without a detour through float16's range
+        block.layer[1].DenseReluDense.wo.weight = torch.nn.Parameter(
+            torch.empty_like(block.layer[1].DenseReluDense.wo.weight)
+        )
+    safe = make_float16_safe(plain)
+    for block, source in zip(safe.encoder.block, encoder.model.encoder.block):
+        block.layer[1].DenseReluDense.wo.weight.data.copy_(source.layer[1].DenseReluDense.wo.weight)
+    embeds = CaptionEncoder(encoder.tokenizer, safe).encode(CAPTIONS)[0]
+    assert embeds.dtype == torch.float16
+    assert (cosine(embeds.float(), expected, dim=-1)[mask] > 0.999).all()
+
+
+def test_float16_weights_are_loaded_by_these_rules(folder: Path) -> None:
+    model = CaptionEncoder.from_pretrained(folder, dtype=torch.float16).model
+    float32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert float32 == {f"encoder.block.{index}.layer.1.DenseReluDense.wo.weight" for index in range(2)}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16, torch.float32}

@@ -1,0 +1,77 @@
+"""Command line shared by the programs that draw pictures. Nothing here imports torch, so --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+
+BUNDLED = "output/pretrained_models/emoji-256"
+MEMORY_HELP = (
+    "auto, full, 8gb (T5 in int8) or 4gb (T5 streamed, VAE in tiles): what is on the card when; auto looks at its "
+    "free memory"
+)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the line breaks of the description."""
+
+
+def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.ArgumentParser:
+    """The parser of scripts/inference.py, or with `lcm` of scripts/inference_lcm.py.
+
+    The flags of the original keep their names; --tokenizer_path is the VAE, as it is there.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    _add_model(parser)
+    _add_prompts(parser)
+    _add_picture(parser)
+    add = parser.add_argument
+    if lcm:
+        add("--sample_steps", type=int, default=4, help="solver steps, 1 to 50; distilled models need 4 to 8")
+        add("--cfg_scale", type=float, default=1.0, help="guidance; distillation has built it in, so 1 = none")
+    else:
+        add("--sampling_algo", default="dpm-solver", help="dpm-solver, sa-solver, iddpm (ddpm), ddim, deis or lcm")
+        add("--step", type=int, default=-1, help="solver steps; -1 = the solver's usual number")
+        add("--cfg_scale", type=float, help="guidance, <= 1 is off; when absent 4.5, and 1 for lcm")
+    add("--guidance_channels", type=int, help="latent channels that guidance acts on; all when absent, 3 = original")
+    add("--null_caption", help="t5_empty, or stored; when absent stored for native official files, else t5_empty")
+    add("--seed", type=int, default=0, help="of the first picture; picture k of all has seed + k")
+    add("--bs", type=int, default=1, help="pictures at a time; does not change them")
+    add("--output", help="folder of the pictures; when absent output/samples/NAME")
+    add("--save_name", help="NAME of the folder in output/samples; when absent date, dataset, solver, steps, ...")
+    add("--dataset", default="custom", help="a word for NAME")
+    add("--grid", action="store_true", help="also write grid.png, all pictures labelled with their prompts")
+    add("--preview", type=int, metavar="N", help="every N steps write preview.png, what is drawn so far")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model_path", default=BUNDLED, help="diffusers pipeline folder, a checkpoint-N folder, or a weight file")
+    add("--pipeline_load_from", default=BUNDLED, help="tokenizer, T5 and VAE for a model that has none")
+    add("--t5_path", help="folder of T5 with its tokenizer, in place of the pipeline's")
+    add("--tokenizer_path", help="folder of the VAE (the original's name for it), in place of the pipeline's")
+    add("--ema", action="store_true", help="use the averaged weights of a checkpoint")
+    add("--memory", default="auto", help=MEMORY_HELP)
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of T5 and transformer")
+    add("--device", default="auto", help="cpu, cuda, ...; auto = cuda where there is one")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", action="append", help="a prompt; repeat for several; instead of --txt_file")
+    add("--txt_file", default="asset/samples.txt", help="one prompt a line, UTF-8; --ar 9:16 or --hw 512:768 in it")
+    add("--negative_prompt", help="what guidance leads away from, in place of the null caption")
+    add("--style", help="a style by name, e.g. Cinematic; a wrong name lists them")
+    add("--clean_caption", action="store_true", help="clean prompts as the original did (for official alpha models)")
+    add("--num_images", type=int, default=1, help="pictures a prompt")
+
+
+def _add_picture(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image_size", type=int, help="px, height and width; the model's own when absent")
+    add("--height", type=int, help="px, overrides --image_size")
+    add("--width", type=int, help="px, overrides --image_size")
+    add("--binning", action="store_true", help="draw the trained size nearest in ratio, then scale and cut")
+    add("--image", help="a picture to begin from")
+    add("--mask", help="a picture, white where --image is repainted; the rest keeps its pixels")
+    add("--strength", type=float, help="0..1, share of the steps that repaint --image; when absent 0.6, with --mask 1")

@@ -1,0 +1,230 @@
+"""The parts of a pipeline: loading, saving, where they are, and captions to embeddings.
+
+Legend: P prompts, L text tokens, C text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from diffusion.checkpoints import load_transformer
+from diffusion.errors import PromptError
+from diffusion.images import load_vae
+from diffusion.inference.conditions import prepare_prompt, shortened
+from diffusion.inference.denoising import require_finite
+from diffusion.inference.folders import load_scheduler, pipeline_folder, save_pipeline
+from diffusion.inference.memory import (
+    ENCODE_BATCH,
+    MemoryPlan,
+    Residency,
+    Workload,
+    choose_plan,
+    expected_peak,
+    tile_vae,
+)
+from diffusion.models import PixArt, pad_captions
+from diffusion.text import CaptionEncoder, make_float16_safe
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_logger = logging.getLogger(__name__)
+
+
+class PipelineParts(DiffusionPipeline):
+    """Tokenizer, T5, VAE, native network and scheduler as a pipeline of diffusers, without the drawing.
+
+    `null_caption` and `clean_captions` are what calls do that do not say: "t5_empty" and False, the conventions of
+    diffusers folders and of models trained here; "stored" and True are those of native official files.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    transformer: Any
+    scheduler: Any
+    null_caption = "t5_empty"
+    clean_captions = False
+    _residency: Residency | None = None
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        *,
+        transformer: str | Path | PixArt | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        ema: bool = False,
+        algorithm: str | None = None,
+        device: str | torch.device = "cpu",
+        torch_dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a pipeline folder, or a model of the hub by its name.
+
+        Args:
+            folder: tokenizer, text_encoder, vae, scheduler, and transformer unless given; see `pipeline_folder`.
+            transformer: another transformer folder, a `checkpoint-N` of a run, or a network; ema: its averaged weights.
+            text_encoder, vae: other folders, or hub names, of T5 with its tokenizer and of the VAE.
+            algorithm: solver name (see `make_scheduler`); None = the folder's scheduler.
+            torch_dtype: of text encoder and transformer. vae_dtype: of the VAE; float16 overflows in many of them.
+        Raises:
+            CheckpointError: something is missing or damaged. PromptError: unknown algorithm.
+        """
+        folder = pipeline_folder(folder)
+        text_folder = folder if text_encoder is None else pipeline_folder(text_encoder)
+        encoder = CaptionEncoder.from_pretrained(text_folder, device=device, dtype=torch_dtype)
+        scheduler = load_scheduler(folder, algorithm)
+        autoencoder = load_vae(folder if vae is None else pipeline_folder(vae), device=device, dtype=vae_dtype)
+        if isinstance(transformer, PixArt):
+            network = transformer.to(device=device, dtype=torch_dtype).eval()
+        else:
+            network = load_transformer(
+                folder if transformer is None else transformer, ema=ema, device=device, dtype=torch_dtype
+            )
+        return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler)
+
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a new folder that stock diffusers opens; see `save_pipeline`."""
+        save_pipeline(self, folder, dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast all parts, as in diffusers; a T5 in float16 keeps in float32 what would overflow."""
+        if self._residency is not None:
+            raise PromptError("a pipeline with a memory plan moves its parts by itself; load it again to move it")
+        moved: Self = super().to(*args, **kwargs)
+        if moved.text_encoder is not None:
+            make_float16_safe(moved.text_encoder)
+        return moved
+
+    def use_native_conventions(self) -> None:
+        """Let calls follow the original where they do not say: its stored null caption, and in alpha cleaned prompts.
+
+        Sigma (300 tokens) cleaned none. A network without a stored null caption keeps T5("").
+        """
+        network = self.transformer
+        self.null_caption = "stored" if network.y_embedder.y_embedding.any() else "t5_empty"
+        self.clean_captions = network.config.model_max_length <= 120
+
+    def set_memory_plan(self, name: str, device: str | torch.device, work: Workload | None = None) -> MemoryPlan:
+        """Move all parts to host memory; from now on they visit `device` as a plan says. Returns the plan.
+
+        Args:
+            name: auto, full, 8gb or 4gb (`diffusion.inference.memory`); auto looks at the free memory.
+            work: what will be drawn, for the expected peak; None = one guided picture of the model's size.
+        Raises:
+            PromptError: unknown name, or a plan was set before.
+        """
+        if self._residency is not None:
+            raise PromptError(f"the pipeline has memory plan {self._residency.plan.name} already; load it again")
+        place = torch.device(device)
+        plan = choose_plan(name, lambda plan: max(self.expected_peak(plan, place, work).values()), place)
+        tile_vae(self.vae, plan)
+        parts = {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}
+        self._residency = Residency(plan, place, parts)
+        return plan
+
+    def expected_peak(self, plan: MemoryPlan, device: torch.device, work: Workload | None = None) -> dict[str, int]:
+        """Bytes on the device at each stage of a plan; see `diffusion.inference.memory.expected_peak`."""
+        work = work or Workload(self.default_size, self.default_size)
+        return expected_peak(plan, self, work, tokens=self._max_tokens, device=device)
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        return None if self._residency is None else self._residency.plan
+
+    def free_text_encoder(self) -> None:
+        """Let T5 go, from the host's memory too: prompts are then given as embeddings."""
+        if self._residency is not None:
+            self._residency.forget("text_encoder")
+        self.text_encoder = None
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the parts compute; offloaded ones lie elsewhere in between."""
+        return self._execution_device if self._residency is None else self._residency.device
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent covers along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_size(self) -> int:
+        """Height and width in px of a picture when none are given: the model's training size."""
+        return int(self.transformer.config.input_size) * self.vae_factor
+
+    @property
+    def _max_tokens(self) -> int:
+        return 120 if self.transformer is None else int(self.transformer.config.model_max_length)
+
+    @torch.no_grad()
+    def encode_captions(
+        self, captions: Sequence[str], *, clean_caption: bool = False, max_sequence_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts -> embeds (P, L, C), mask (P, L) True = keep; L the longest.
+
+        max_sequence_length: tokens after which a prompt is cut, with a notice; None = the model's (120, or 300).
+        Raises PromptError when T5 was freed.
+        """
+        if self.text_encoder is None:
+            raise PromptError("this pipeline has no text encoder; give prompt_embeds with prompt_attention_mask")
+        limit = self._max_tokens if max_sequence_length is None else max_sequence_length
+        self._bring("text_encoder")
+        encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit, device=self.execution_device)
+        texts = [prepare_prompt(text, clean=clean_caption) for text in captions]
+        parts = []
+        for start in range(0, len(texts), ENCODE_BATCH):
+            parts.append(encoder.encode(texts[start : start + ENCODE_BATCH]))
+            for dropped in encoder.dropped:
+                _logger.warning("a prompt was cut at %d tokens; dropped: %s", limit, shortened(dropped))
+        length = max(mask.shape[1] for _, mask in parts)
+        embeds, masks = zip(*(pad_captions(*part, length) for part in parts))
+        return require_finite(torch.cat(embeds), "the caption embeddings"), torch.cat(masks)
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] = "",
+        num_images_per_prompt: int = 1,
+        *,
+        clean_caption: bool | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As diffusers' PixArtAlphaPipeline: embeds, mask, and those of the negative prompts or None.
+
+        Shapes (P * images, L, C) and (P * images, L); what a call takes as prompt_embeds, prompt_attention_mask,
+        negative_prompt_embeds and negative_prompt_attention_mask. Rows are not padded beyond the longest prompt.
+        """
+        clean = self.clean_captions if clean_caption is None else clean_caption
+
+        def encode(texts: str | Sequence[str], count: int) -> tuple[Tensor, Tensor]:
+            listed = [texts] * count if isinstance(texts, str) else list(texts)
+            rows = self.encode_captions(listed, clean_caption=clean, max_sequence_length=max_sequence_length)
+            return tuple(part.repeat_interleave(num_images_per_prompt, dim=0) for part in rows)  # type: ignore
+
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        positive = encode(prompt, count)
+        return (*positive, *encode(negative_prompt, count)) if do_classifier_free_guidance else (*positive, None, None)
+
+    def _bring(self, name: str) -> None:
+        if self._residency is not None:
+            self._residency.bring(name)

@@ -1,0 +1,171 @@
+"""What the programs in scripts/ do, from parsed arguments to a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.devices import choose_device, choose_dtype
+from diffusion.errors import PromptError
+from diffusion.images import decode_image
+from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
+from diffusion.inference.memory import ENCODE_BATCH, Workload, check_plan_name
+from diffusion.inference.pipeline import PixArtPipeline
+from diffusion.inference.previews import LatentPreview
+from diffusion.inference.recipe import save_png
+from diffusion.inference.solvers import DEFAULT_STEPS, algorithm_name
+from diffusion.inference.styles import apply_style
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Run scripts/inference.py or scripts/inference_lcm.py: arguments of `sampling_parser`.
+
+    Raises:
+        PixArtError: an argument, file or model that cannot be used, or too little memory.
+    """
+    show_notices()
+    check_plan_name(args.memory)
+    lcm = hasattr(args, "sample_steps")
+    algorithm = "lcm" if lcm else algorithm_name(args.sampling_algo)
+    steps = args.sample_steps if lcm else DEFAULT_STEPS[algorithm] if args.step == -1 else args.step
+    scale = args.cfg_scale if args.cfg_scale is not None else (1.0 if algorithm == "lcm" else 4.5)
+    prompts = args.prompt or read_prompts(args.txt_file)
+    settings = {"num_inference_steps": steps, "guidance_scale": scale, **picture_settings(args)}
+    prompts, settings["negative_prompt"] = styled(args, prompts)
+    pipeline = loaded(args, algorithm)
+    pipeline.recipes(prompts[:1], seed=[0], **settings)  # refuses wrong settings before anything moves
+    set_plan(pipeline, args, scale > 1)
+    date = time.strftime("%Y-%m-%d")
+    name = args.save_name or f"{date}_{args.dataset}_{algorithm}_step{steps}_scale{scale:g}_seed{args.seed}"
+    folder = Path(args.output or f"output/samples/{name}")
+    started = time.perf_counter()
+    with explained_memory(args.memory), previews(pipeline, args.preview, folder) as callback:
+        paths, grid = sample_to_folder(
+            pipeline,
+            prompts,
+            folder,
+            model=args.model_path,
+            seed=args.seed,
+            batch_size=args.bs,
+            num_images=args.num_images,
+            grid=args.grid,
+            settings=settings,
+            callback_on_step_end=callback,
+            free_text_encoder=True,
+        )
+    seconds = time.perf_counter() - started
+    print(f"{len(paths)} pictures in {seconds:.1f} s ({seconds / len(paths):.2f} s each) are in {folder}")
+    if grid is not None:
+        print(f"grid: {grid}")
+
+
+def show_notices() -> None:
+    """Let notices and warnings of this package reach stderr."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("diffusion").setLevel(logging.INFO)
+
+
+def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call that shape the picture; pictures to begin from are read here."""
+    image = None if args.image is None else decode_image(args.image)
+    mask = None if args.mask is None else decode_image(args.mask)
+    usual = 0.6 if args.mask is None else 1.0
+    return {
+        "height": args.image_size if args.height is None else args.height,
+        "width": args.image_size if args.width is None else args.width,
+        "use_resolution_binning": args.binning,
+        "null_caption": args.null_caption,
+        "clean_caption": True if args.clean_caption else None,
+        "guidance_channels": args.guidance_channels,
+        "image": image,
+        "mask_image": mask,
+        "strength": 1.0 if image is None else usual if args.strength is None else args.strength,
+    }
+
+
+def styled(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], str | None]:
+    """Prompts and negative prompt in the asked style."""
+    if args.style is None:
+        return prompts, args.negative_prompt
+    pairs = [apply_style(args.style, prompt, args.negative_prompt) for prompt in prompts]
+    return [prompt for prompt, _ in pairs], pairs[0][1]
+
+
+def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
+    """The pipeline of the arguments, on the CPU."""
+    pipeline = load_pipeline(
+        args.model_path,
+        args.pipeline_load_from,
+        text_encoder=args.t5_path,
+        vae=args.tokenizer_path,
+        algorithm=algorithm,
+        ema=args.ema,
+        torch_dtype=choose_dtype(args.dtype, choose_device(args.device)),
+    )
+    pipeline.set_progress_bar_config(disable=None, leave=False)
+    return pipeline
+
+
+def set_plan(pipeline: PixArtPipeline, args: argparse.Namespace, guided: bool) -> None:
+    """Give the pipeline the memory plan of the arguments, which is said on stderr with its expected peak."""
+    size = args.image_size or pipeline.default_size
+    work = Workload(args.height or size, args.width or size, max(args.bs, 1), guided, num_captions=ENCODE_BATCH)
+    pipeline.set_memory_plan(args.memory, choose_device(args.device), work)
+
+
+@contextlib.contextmanager
+def explained_memory(plan: str) -> Iterator[None]:
+    """Turn a card's lack of memory into one line with what helps."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise PromptError(
+            f"the card has too little memory for --memory {plan}; use --memory 4gb, a smaller --bs, or a smaller "
+            f"--image_size ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@contextlib.contextmanager
+def previews(pipeline: PixArtPipeline, every: int | None, folder: Path) -> Iterator[Any]:
+    """A callback that keeps `folder`/preview.png up to date, and removes it at the end; None when not asked for."""
+    if every is None:
+        yield None
+        return
+    if every < 1:
+        raise PromptError(f"--preview {every} must be at least 1")
+    show = LatentPreview(pipeline.vae)
+    path = folder / "preview.png"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def callback(_: PixArtPipeline, step: int, timestep: int, state: dict[str, Tensor]) -> None:
+        if (step + 1) % every == 0:
+            show(state["latents"])[0].save(path)
+
+    try:
+        yield callback
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def draw_in_8_bits(args: argparse.Namespace) -> None:
+    """Run scripts/infer_pixart_8_bits.py: one picture under plan 8gb, and what it took of the card."""
+    show_notices()
+    device = choose_device(args.device)
+    pipeline = load_pipeline(
+        args.model_path, args.model_path, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
+    )
+    pipeline.set_memory_plan("8gb", device)
+    with explained_memory("8gb"):
+        output = pipeline(args.prompt, num_inference_steps=args.step, seed=args.seed)
+    path = save_png(output.images[0], args.output, {**output.recipes[0], "memory": "8gb"})
+    if device.type == "cuda":
+        print(f"peak of allocations on the card: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+    print(f"picture: {path}")

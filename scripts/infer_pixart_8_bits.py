@@ -1,0 +1,38 @@
+"""One picture on a card of 8 GB: T5 in int8 encodes and leaves, then the transformer draws, then the VAE decodes.
+
+python scripts/infer_pixart_8_bits.py --model_path output/pretrained_models/PixArt-XL-2-1024-MS
+
+`scripts/inference.py --memory 8gb` does the same for many prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from diffusion.config.sampling_cli import BUNDLED
+from diffusion.errors import run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line arguments; importing this needs no torch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_path", default=BUNDLED, help=f"pipeline folder (default {BUNDLED})")
+    add("--prompt", default="cute cat", help="(default 'cute cat')")
+    add("--output", default="cat.png", help="the picture; an existing file is kept (default cat.png)")
+    add("--step", type=int, default=20, help="steps of DPM-Solver++ (default 20)")
+    add("--seed", type=int, default=0, help="(default 0)")
+    add("--device", default="auto", help="cpu, cuda, ...; auto = cuda where there is one")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+
+    from diffusion.inference.program import draw_in_8_bits
+
+    draw_in_8_bits(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,146 @@
+"""The programs in scripts/, in this process, on tiny models."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.config.sampling_cli import sampling_parser
+from diffusion.devices import choose_dtype
+from diffusion.errors import PromptError
+from diffusion.inference import read_recipe
+from diffusion.inference.program import explained_memory
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+
+
+def test_the_flags_of_the_original_are_kept() -> None:
+    shared = (
+        "--image_size --t5_path --tokenizer_path --txt_file --model_path --bs --cfg_scale --seed --dataset --save_name"
+    )
+    for flags, lcm in ((f"{shared} --sampling_algo --step", False), (f"{shared} --sample_steps", True)):
+        given = [part for flag in flags.split() for part in (flag, "1")]
+        assert vars(sampling_parser("", lcm=lcm).parse_args(given))["t5_path"] == "1"
+    defaults = sampling_parser("").parse_args([])
+    assert (defaults.bs, defaults.seed, defaults.step, defaults.dataset) == (1, 0, -1, "custom")
+    assert (defaults.txt_file, defaults.sampling_algo) == ("asset/samples.txt", "dpm-solver")
+    assert sampling_parser("", lcm=True).parse_args([]).sample_steps == 4
+
+
+@pytest.mark.parametrize("plan", ["auto", "full", "8gb", "4gb"])
+def test_every_plan_draws_and_says_what_it_is(
+    plan: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--model_path", str(pipeline_folder), "--prompt", "a cat", "--step", "2", "--device", "cpu"]
+    run(monkeypatch, "inference.py", *arguments, "--memory", plan, "--output", str(tmp_path))
+    chosen = "full" if plan == "auto" else plan
+    assert f"memory plan {chosen} (T5 " in caplog.text and "expected peak 0.0 GB" in caplog.text
+    (path,) = tmp_path.iterdir()
+    assert read_recipe(path)["memory"] == chosen
+
+
+@pytest.mark.parametrize("steps", ["1", "4", "8"])
+def test_lcm(steps: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["--prompt", "a cat", "--prompt", "a dog", "--prompt", "a cow", "--bs", "2"]
+    arguments = ["--model_path", str(pipeline_folder), "--sample_steps", steps, "--device", "cpu"]
+    run(monkeypatch, "inference_lcm.py", *arguments, *prompts, "--output", str(tmp_path))
+    recipes = [read_recipe(path) for path in sorted(tmp_path.iterdir())]
+    assert [(r["solver"], r["steps"], r["guidance_scale"]) for r in recipes] == [("lcm", int(steps), 1.0)] * 3
+
+
+def test_8_bits(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cat.png"
+    arguments = ["--model_path", str(pipeline_folder), "--step", "2", "--output", str(output), "--device", "cpu"]
+    run(monkeypatch, "infer_pixart_8_bits.py", *arguments)
+    assert Image.open(output).size == (64, 64)
+    assert read_recipe(output)["memory"] == "8gb"
+    assert capsys.readouterr().out.endswith(f"picture: {output}\n")
+
+
+def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[tuple[str, tuple[int, int]]] = []
+    save = Image.Image.save
+
+    def watched(self: Image.Image, target: object, *arguments: object, **options: object) -> None:
+        saved.append((Path(str(getattr(target, "name", target))).name, self.size))
+        save(self, target, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", watched)
+    arguments = ["--model_path", str(pipeline_folder), "--prompt", "a cat", "--step", "4", "--device", "cpu"]
+    options = ["--style", "Cinematic", "--negative_prompt", "dog", "--preview", "2", "--clean_caption"]
+    run(monkeypatch, "inference.py", *arguments, *options, "--output", str(tmp_path))
+    assert [entry for entry in saved if entry[0] == "preview.png"] == [("preview.png", (8, 8))] * 2
+    (path,) = tmp_path.iterdir()  # the preview is gone
+    recipe = read_recipe(path)
+    assert recipe["prompt"].startswith("still from a film, a cat") and recipe["clean_caption"] is True
+    assert recipe["negative_prompt"].startswith("dog, cartoon")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image_size", "0"], "error: height=0 must be a positive multiple of 16 px"),
+        (["--height", "65"], "error: height=65 must be a positive multiple of 16 px"),
+        (["--width", "100000"], "error: width=100000 must be at most 8192 px"),
+        (["--cfg_scale", "nan"], "error: guidance_scale=nan must be a finite number"),
+        (["--memory", "6gb"], "error: memory='6gb' is unknown; did you mean '8gb'"),
+        (["--style", "Cinema"], "error: style='Cinema' is unknown; did you mean 'Cinematic'"),
+        (["--preview", "0"], "error: --preview 0 must be at least 1"),
+        (["--prompt", "a --ar 1"], "error: --ar 1 must be height:width, as in --ar 9:16"),
+        (["--image", "gone.png"], "error: gone.png"),
+        (["--binning"], "error: use_resolution_binning has no sizes for a model of 64 px"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ["--model_path", str(pipeline_folder), "--prompt", "a cat", "--device", "cpu", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_info:
+        run(monkeypatch, "inference.py", *base, *arguments)
+    error = capsys.readouterr().err
+    assert (exit_info.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_names_what_helps() -> None:
+    message = "too little memory for --memory full; use --memory 4gb, a smaller --bs"
+    with pytest.raises(PromptError, match=message), explained_memory("full"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        ("cuda", (9, 0), torch.bfloat16),  # H100
+        ("cuda", (8, 0), torch.bfloat16),  # A100
+        ("cuda", (7, 5), torch.float16),  # T4
+        ("cuda", (7, 0), torch.float16),  # V100
+        ("mps", (0, 0), torch.float32),
+        ("cpu", (0, 0), torch.float32),
+    ],
+)
+def test_precision_follows_the_card(
+    device: str, capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", SimpleNamespace(type=device)) == expected  # type: ignore[arg-type]
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
