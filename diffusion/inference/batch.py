@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from diffusion.checkpoints.files import locate
+from diffusion.checkpoints.hub import parse_hub_id
 from diffusion.errors import CheckpointError, DataError, PromptError
+from diffusion.inference.folders import pipeline_folder
 from diffusion.inference.memory import ENCODE_BATCH
 from diffusion.inference.pipeline import PixArtPipeline, StepCallback
 from diffusion.inference.recipe import library_versions, model_fingerprint, read_recipe, save_png
@@ -69,8 +72,9 @@ def load_pipeline(
 ) -> PixArtPipeline:
     """A pipeline from a pipeline folder, or from a transformer plus the parts of another.
 
-    A transformer is a folder, a `checkpoint-N`, or a native weight file; with a file the pipeline follows the
-    original's conventions (`PipelineParts.use_native_conventions`).
+    Both may be names of the hub (`owner/name`, for a weight file `owner/name/file`). A transformer is a folder, a
+    `checkpoint-N`, or a native weight file; with a file the pipeline follows the original's conventions
+    (`PipelineParts.use_native_conventions`).
 
     Args:
         parts: pipeline folder with tokenizer, text encoder and VAE, for a model_path that has none.
@@ -79,11 +83,13 @@ def load_pipeline(
     Raises:
         CheckpointError: a folder or a part of it is missing.
     """
-    model_path, parts = Path(model_path), Path(parts)
+    hub_id = parse_hub_id(model_path)
+    model_path = pipeline_folder(model_path) if hub_id is None or hub_id[1] is None else locate(model_path)
+    parts = pipeline_folder(parts)
     if not model_path.exists():
         raise CheckpointError(
-            f"model_path {model_path} does not exist; give a pipeline folder, a checkpoint-N or a weight file "
-            f"(official models: `hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir {model_path}`)"
+            f"model_path {model_path} does not exist; give a pipeline folder, a checkpoint-N, a weight file, or a "
+            "model of the hub such as PixArt-alpha/PixArt-XL-2-512x512"
         )
     if text_encoder is not None and (inner := Path(text_encoder) / "t5-v1_1-xxl").is_dir():
         text_encoder = inner  # the original's --t5_path is the folder around it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,14 @@ import diffusers
 import torch
 
 from diffusion.checkpoints import new_folder, save_transformer
+from diffusion.checkpoints.hub import hub_folder, parse_hub_id
 from diffusion.errors import CheckpointError
 from diffusion.inference.solvers import make_scheduler, stock_scheduler
 
 if TYPE_CHECKING:
     from diffusion.inference.parts import PipelineParts
 
-_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_PIPELINE_FILES = ("*.json", "*.model", "*model.safetensors", "*model-0*.safetensors")
 _MODEL_INDEX = {
     "_class_name": "PixArtAlphaPipeline",
     "_diffusers_version": diffusers.__version__,
@@ -38,21 +38,11 @@ def pipeline_folder(name: str | Path) -> Path:
     Raises:
         CheckpointError: neither a folder nor a hub model that can be had.
     """
-    path = Path(name)
-    if path.is_dir() or path.is_absolute() or not _HUB_ID.fullmatch(str(name)) or path.parent.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.model", "*model.safetensors", "*model-0*.safetensors"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{name} is no folder and cannot be fetched from the hub ({reason}); get it where there is a network "
-            f"(`hf download {name} --local-dir DIR`) and give DIR"
-        ) from error
+    hub_id = parse_hub_id(name)
+    if hub_id is None:
+        return Path(name)
+    repo, inner = hub_id
+    return hub_folder(repo, _PIPELINE_FILES, "folders of a pipeline") / (inner or "")
 
 
 def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from diffusion.checkpoints import load_transformer
-from diffusion.errors import PromptError
+from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import load_vae
 from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.denoising import require_finite
@@ -97,6 +97,7 @@ class PipelineParts(DiffusionPipeline):
             network = load_transformer(
                 folder if transformer is None else transformer, ema=ema, device=device, dtype=torch_dtype
             )
+        _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", f"{transformer or folder}")
         return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler)
 
     def save_pretrained(  # type: ignore[override]
@@ -228,3 +229,16 @@ class PipelineParts(DiffusionPipeline):
     def _bring(self, name: str) -> None:
         if self._residency is not None:
             self._residency.bring(name)
+
+
+def _require_one_model(text_encoder: Any, vae: Any, network: PixArt, texts: str, weights: str) -> None:
+    """Refuse parts of different models before anything is drawn. Raises CheckpointError."""
+    wanted, given = network.config.caption_channels, text_encoder.config.d_model
+    if wanted != given:
+        raise CheckpointError(
+            f"{weights} reads captions of width {wanted}, the T5 of {texts} gives {given}; give the pipeline that the "
+            "model belongs to (--pipeline_load_from, or --t5_path)"
+        )
+    wanted, given = network.config.in_channels, vae.config.latent_channels
+    if wanted != given:
+        raise CheckpointError(f"{weights} reads latents of {wanted} channels, the VAE gives {given}; give its own VAE")

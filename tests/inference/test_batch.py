@@ -101,7 +101,7 @@ def test_long_slugs_end_at_a_word() -> None:
 
 
 def test_missing_model_has_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist; give a pipeline folder, a checkpoint-N or a"):
+    with pytest.raises(CheckpointError, match="does not exist; give a pipeline folder, a checkpoint-N, a weight"):
         load_pipeline(tmp_path / "gone", tmp_path)
 
 
