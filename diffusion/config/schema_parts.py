@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from diffusion.config.section import FloatPair, Floats, Integers, Section, Strings, rule_error
 
-OptimizerType = Literal["AdamW", "Adam", "SGD"]
+OptimizerType = Literal["AdamW", "Adam", "SGD", "Muon", "Lion", "CAME", "Prodigy"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerType)
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+_READERS = {
+    "eps": ("AdamW", "Adam", "Muon", "CAME", "Prodigy"),
+    "betas": ("AdamW", "Adam", "Muon", "Lion", "CAME", "Prodigy"),
+    "momentum": ("SGD", "Muon"),
+}
 
 
 class OptimizerConfig(Section):
-    """The optimiser, a class of torch.optim."""
+    """The optimiser: a class of torch.optim (AdamW, Adam, SGD) or of pytorch-optimizer.
 
-    type: OptimizerType = Field(default="AdamW", description="Name of the torch.optim class.")
-    lr: float = Field(default=1e-4, gt=0, description="Learning rate before auto_lr scales it.")
-    weight_decay: float = Field(
-        default=3e-2, ge=0, description="Weight decay: decoupled (AdamW), or an L2 term (Adam, SGD)."
+    Muon makes the update of every matrix in a block orthogonal, scaled to AdamW's size, and leaves all other weights to
+    AdamW with the same learning rate.
+    """
+
+    type: OptimizerType = Field(default="AdamW", description=f"One of {', '.join(OPTIMIZERS)}.")
+    lr: float = Field(default=1e-4, gt=0, description="Learning rate before auto_lr scales it; Prodigy wants 1.")
+    weight_decay: float = Field(default=3e-2, ge=0, description="Weight decay: decoupled, or an L2 term (Adam, SGD).")
+    eps: float | FloatPair | None = Field(
+        default=None,
+        description="Added to a denominator; None = 1e-10 (Adam, AdamW, Muon's AdamW), 1e-8 (Prodigy), "
+        "(1e-30, 1e-16) (CAME, which takes two).",
     )
-    eps: float = Field(default=1e-10, gt=0, description="Adam, AdamW: term added to the root of the second moment.")
-    betas: FloatPair = Field(
-        default=(0.9, 0.999), description="Adam, AdamW: decay rates of the two moments, in [0, 1)."
+    betas: Floats | None = Field(
+        default=None,
+        description="Decay rates of the moments, in [0, 1); None = (0.9, 0.999), (0.9, 0.99) (Lion), "
+        "(0.9, 0.999, 0.9999) (CAME, which takes three).",
     )
-    momentum: _Beta = Field(default=0.0, description="SGD: momentum in [0, 1).")
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="SGD, Muon: momentum in [0, 1); None = 0 (SGD), 0.95 (Muon)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_sigma(cls, values: Any) -> Any:
+        """PixArt-Sigma's configs say CAMEWrapper."""
+        if isinstance(values, dict) and values.get("type") == "CAMEWrapper":
+            return {**values, "type": "CAME"}
+        return values
 
     @model_validator(mode="after")
-    def _moments_below_one(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise rule_error("betas", "must lie in [0, 1); usual values are (0.9, 0.999)")
+    def _numbers_fit_the_type(self) -> Self:
+        for key, readers in _READERS.items():
+            if getattr(self, key) is not None and self.type not in readers:
+                raise rule_error(
+                    key,
+                    f"is not read by {self.type}; leave it out (in an inherited section: optimizer=dict(_delete_=True, "
+                    "type=..., lr=...))",
+                )
+        count = 3 if self.type == "CAME" else 2
+        if self.betas is not None and (len(self.betas) != count or not all(0 <= beta < 1 for beta in self.betas)):
+            usual = (0.9, 0.999, 0.9999)[:count]
+            raise rule_error("betas", f"must be {count} numbers in [0, 1) for {self.type}; usual values are {usual}")
+        values = self.eps if isinstance(self.eps, tuple) else (self.eps,)
+        if self.eps is not None and (len(values) != count - 1 or any(value is None or value <= 0 for value in values)):
+            kind = "two numbers" if self.type == "CAME" else "one number"
+            raise rule_error("eps", f"must be {kind} above 0 for {self.type}; leave it out for the usual value")
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
 
 REFERENCE_BATCH = 256
+_ADAM_EPS = 1e-10  # the original's
 
 
 def scaled_learning_rate(config: TrainConfig, global_batch: int) -> float:
@@ -22,12 +24,15 @@ def scaled_learning_rate(config: TrainConfig, global_batch: int) -> float:
     return config.optimizer.lr * (math.sqrt(ratio) if config.auto_lr.rule == "sqrt" else ratio)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels decay; biases, norms and scale-shift tables do not."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decays = [p for name, p in trainable if p.ndim > 1 and not name.endswith("scale_shift_table")]
     rest = [p for name, p in trainable if p.ndim <= 1 or name.endswith("scale_shift_table")]
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decays, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -41,10 +46,45 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
     if not groups:
         raise ConfigError("the model has no trainable parameters")
     lr, settings = scaled_learning_rate(config, global_batch), config.optimizer
+    given = {"betas": settings.betas, "eps": settings.eps, "momentum": settings.momentum}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if settings.type == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
-    cls = torch.optim.AdamW if settings.type == "AdamW" else torch.optim.Adam
-    return cls(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
+        return torch.optim.SGD(groups, lr=lr, **options)
+    if settings.type in ("AdamW", "Adam"):
+        cls = torch.optim.AdamW if settings.type == "AdamW" else torch.optim.Adam
+        return cls(groups, lr=lr, fused=True, **{"eps": _ADAM_EPS, **options})
+    import pytorch_optimizer
+
+    if settings.type == "Muon":
+        return _muon(pytorch_optimizer.Muon, model, settings.weight_decay, lr, options)
+    if settings.type == "CAME" and "eps" in options:
+        options["eps1"], options["eps2"] = options.pop("eps")
+    built: torch.optim.Optimizer = getattr(pytorch_optimizer, settings.type)(groups, lr=lr, **options)
+    return built
+
+
+def _muon(
+    cls: Callable[..., torch.optim.Optimizer], model: nn.Module, weight_decay: float, lr: float, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) on the matrices of the blocks, with updates of AdamW's size (arXiv:2502.16982).
+
+    Embeddings, the last layer, biases and tables are AdamW's: orthogonal updates suit maps between hidden states.
+    """
+    hidden = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if "blocks." in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
+    }
+    momentum = {"momentum": options.pop("momentum")} if "momentum" in options else {}
+    adamw = {"betas": (0.9, 0.999), "eps": _ADAM_EPS, **options}
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(model, weight_decay):
+        for use_muon in (True, False):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon]
+            if chosen:
+                own = {**momentum, "use_adjusted_lr": True} if use_muon else adamw
+                groups.append({**group, "params": chosen, "use_muon": use_muon, "lr": lr, **own})
+    return cls(groups, lr=lr, use_adjusted_lr=True)
 
 
 def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

@@ -111,13 +111,18 @@ def test_place_is_the_file_and_line_that_set_the_key(tmp_path: Path) -> None:
         ("aspect_ratio_type=ASPECT_RATIO_1023", "did you mean 'ASPECT_RATIO_1024'?"),
         ("lr_schedule=cosin", "did you mean 'cosine'?"),
         ("data.type=InternalDatMS", "did you mean 'InternalDataMS'?"),
-        ("optimizer.type=CAMEWrapper", "must be one of 'AdamW', 'Adam', 'SGD'; replace the section"),
-        ("optimizer.type=Lion", "must be one of 'AdamW', 'Adam', 'SGD'; replace the section"),
-        ("optimizer.betas=[0.9]", "optimizer.betas.1 is required"),
-        ("optimizer.betas=[0.9,0.99,0.999]", "optimizer.betas=(0.9, 0.99, 0.999) must have 2 entries"),
+        (
+            "optimizer.type=Lamb",
+            "must be one of 'AdamW', 'Adam', 'SGD', 'Muon', 'Lion', 'CAME', 'Prodigy'; replace the",
+        ),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be 2 numbers in [0, 1) for AdamW"),
+        ("optimizer.betas=[0.9,0.99,0.999]", "must be 2 numbers in [0, 1) for AdamW; usual values are (0.9, 0.999)"),
+        ("optimizer.eps=[1e-8,1e-8]", "must be one number above 0 for AdamW"),
+        ("optimizer.eps=0", "must be one number above 0 for AdamW"),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.9 is not read by AdamW; leave it out (in an inherited"),
         ("lr_schedule_args.x=1", "unknown key 'lr_schedule_args.x' (value 1); valid keys: num_warmup_steps"),
         ("zzzqq=1", "unknown key 'zzzqq' (value 1); `python -m diffusion.config` lists all keys"),
-        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0] must lie in [0, 1)"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0] must be 2 numbers in [0, 1)"),
         ("optimizer=AdamW", "optimizer='AdamW' must be a dict(...) with the keys type, lr,"),
         ("validation.prompts=cat", "validation.prompts='cat' must be a list"),
         ("validation.prompts=[1]", "validation.prompts.0=1 must be a string"),
@@ -229,3 +234,29 @@ def test_every_key_is_described() -> None:
     keys = [".".join(path) for path in all_keys(TrainConfig)]
     assert [line.split(" ")[0] for line in lines] == keys
     assert all(len(line.split("): ", 1)[1]) > 12 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (
+            "type='CAME', betas=(0.9, 0.9)",
+            "must be 3 numbers in [0, 1) for CAME; usual values are (0.9, 0.999, 0.9999)",
+        ),
+        ("type='CAME', eps=1e-8", "must be two numbers above 0 for CAME"),
+        ("type='Lion', eps=1e-8", "eps=1e-08 is not read by Lion"),
+        ("type='SGD', betas=(0.9, 0.9)", "is not read by SGD"),
+    ],
+)
+def test_numbers_of_an_optimiser_fit_its_type(section: str, expected: str, config_file: Path) -> None:
+    config_file.write_text(BASE + f"optimizer = dict({section})\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file)
+    assert expected in str(caught.value)
+
+
+def test_sigmas_name_of_came_is_known(config_file: Path) -> None:
+    config_file.write_text(
+        BASE + "optimizer = dict(type='CAMEWrapper', betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16))\n"
+    )
+    assert load_config(config_file).optimizer.type == "CAME"

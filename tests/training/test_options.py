@@ -16,6 +16,7 @@ from diffusion.process import LogitNormal
 from diffusion.training import build_network, denoising_objective
 from diffusion.training.building import build_training_data
 from diffusion.training.distributed import Ranks
+from diffusion.training.optimization import build_optimizer
 from diffusion.training.validation import ValidationLoss
 from tests.training.tiny_run import curve, run, weights
 
@@ -101,3 +102,43 @@ def test_a_config_can_change_the_size_of_a_registered_network(config_file: Path)
     assert (network.config.hidden_size, len(network.blocks), network.config.num_heads) == (48, 3, 2)
     with pytest.raises(ConfigError, match="hidden_size"):
         build_network(load_config(config_file, ["hidden_size=50", "num_heads=4"]))
+
+
+def with_optimizer(config_file: Path, section: str) -> Path:
+    """The config with another optimiser; an override could not take keys of the first one away."""
+    config_file.write_text(config_file.read_text() + f"optimizer = dict({section})\n")
+    return config_file
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "type='Muon', lr=2e-3, weight_decay=0.01",
+        "type='Lion', lr=3e-4",
+        "type='CAMEWrapper', lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16)",
+        "type='Prodigy', lr=1.0",
+        "type='SGD', lr=0.05, momentum=0.9",
+    ],
+)
+def test_every_optimiser_learns_and_resumes_bit_for_bit(section: str, config_file: Path, tmp_path: Path) -> None:
+    with_optimizer(config_file, section)
+    options = ["max_steps=12", "save_model_steps=6", "lr_schedule_args.num_warmup_steps=0"]
+    whole = run(load_config(config_file, options), tmp_path / "whole")
+    run(load_config(config_file, [*options, "max_steps=6"]), tmp_path / "cut")
+    resumed = run(load_config(config_file, options), tmp_path / "cut", resume_from="latest")
+    expected = whole.state.network.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in resumed.state.network.state_dict().items())
+    losses = list(curve(tmp_path / "whole").values())
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone(config_file: Path) -> None:
+    config = load_config(with_optimizer(config_file, "type='Muon', lr=1e-3, weight_decay=0.1"))
+    network = build_network(config)
+    groups = build_optimizer(network, config, 4).param_groups
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    muon = {names[id(p)] for group in groups if group["use_muon"] for p in group["params"]}
+    assert {"blocks.0.attn.qkv.weight", "blocks.9.mlp.fc2.weight", "blocks.3.cross_attn.kv_linear.weight"} <= muon
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in muon)
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+    assert {(group["use_muon"], group["weight_decay"]) for group in groups} == {(True, 0.1), (False, 0.1), (False, 0.0)}
