@@ -16,7 +16,7 @@ _INTERNAL = _FEATURES | {"image_list_json"}
 # Keys that each data type reads, beside `type` and `root`. A key set for another type gets a notice: the original
 # configs inherit such keys from their base file.
 KEYS_READ_BY_TYPE: dict[str, frozenset[str]] = {
-    "Store": frozenset({"split", "balance_by", "max_captions"}),
+    "Store": frozenset({"split", "balance_by", "max_captions", "mix"}),
     "SAM": _FEATURES | {"image_list_txt"},
     "InternalData": _INTERNAL,
     "InternalDataMS": _INTERNAL,
@@ -44,6 +44,11 @@ class DataConfig(Section):
     max_captions: int | None = Field(
         default=None, gt=0, description="Store: draw from the first so many captions of a picture; None = from all."
     )
+    mix: dict[str, float] = Field(
+        default={},
+        description="Store: further stores, made alike, and how often each of their rows is drawn an epoch (2, 0.5); "
+        "rows of root are drawn once, or as often as its entry here says.",
+    )
     image_list_txt: Strings = Field(
         default=(), description="SAM: file names under <root>/partition, one picture name without extension per line."
     )
@@ -58,6 +63,15 @@ class DataConfig(Section):
     )
     load_t5_feat: bool = Field(default=True, description="Read stored caption embeddings (True) or encode captions.")
     prompt: Strings = Field(default=(), description="DreamBooth: the caption of all pictures, as a list of one string.")
+
+    @model_validator(mode="after")
+    def _mix_is_possible(self) -> Self:
+        for root, weight in self.mix.items():
+            if not 0 < weight <= 1000:
+                raise rule_error("mix", f"draws {root!r} {weight!r} times an epoch; use a number between 0 and 1000")
+        if self.mix and self.balance_by is not None:
+            raise rule_error("mix", "and balance_by both say how often a row is drawn; set one of them")
+        return self
 
     @model_validator(mode="after")
     def _type_has_its_list(self) -> Self:

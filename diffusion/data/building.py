@@ -9,10 +9,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from diffusion.data.batch import collate
+from diffusion.data.mixed_stores import MixedStores
 from diffusion.data.original_datasets import OriginalLayout, internal_dataset, internal_ms_dataset, sam_dataset
 from diffusion.data.sampler import SampleKey
 from diffusion.data.store_dataset import StoreDataset
-from diffusion.errors import ConfigError
+from diffusion.errors import ConfigError, DataError
+from diffusion.features import FeatureStore
+from diffusion.features.access import is_url
+from diffusion.features.manifest import differences
 
 
 def build_dataset(
@@ -23,7 +27,7 @@ def build_dataset(
     model_max_length: int,
     seed: int,
     data_root: str | Path,
-) -> StoreDataset | OriginalLayout:
+) -> StoreDataset | MixedStores | OriginalLayout:
     """The data set that a config's `data` section names; a relative root lies below `data_root`.
 
     Raises:
@@ -31,9 +35,20 @@ def build_dataset(
         DataError: missing or damaged data.
     """
     kind = data["type"]
-    root = _spelled(Path(data_root) / data["root"])
     if kind == "Store":
-        return StoreDataset(root, split=data.get("split"), seed=seed, max_captions=data.get("max_captions"))
+        weights = {data["root"]: 1.0, **(data.get("mix") or {})}
+        stores = []
+        for name in weights:
+            place = name if is_url(name) else Path(data_root) / name
+            dataset = StoreDataset(place, split=data.get("split"), seed=seed, max_captions=data.get("max_captions"))
+            check_store_fits(dataset.store, image_size, aspect_ratio_type, model_max_length)
+            stores.append(dataset)
+        return (
+            stores[0]
+            if set(weights.values()) == {1.0} and len(stores) == 1
+            else MixedStores(stores, list(weights.values()))
+        )
+    root = _spelled(Path(data_root) / data["root"])
     if not (data["load_vae_feat"] and data["load_t5_feat"]):
         raise ConfigError(f"data.type={kind!r} needs load_vae_feat=True and load_t5_feat=True: extract features first")
     if kind == "SAM":
@@ -45,6 +60,26 @@ def build_dataset(
             raise ConfigError("data.type='InternalDataMS' needs multi_scale=True and aspect_ratio_type")
         return internal_ms_dataset(root, data["image_list_json"], image_size, aspect_ratio_type, model_max_length)
     raise ConfigError(f"data.type={kind!r} is not read by this program; use Store, SAM, InternalData or InternalDataMS")
+
+
+def check_store_fits(
+    store: FeatureStore, image_size: int, aspect_ratio_type: str | None, model_max_length: int
+) -> None:
+    """Refuse a store that was extracted for another config.
+
+    Raises:
+        DataError: every setting that differs, and the command that makes a fitting store.
+    """
+    wanted = {"image_size": image_size, "multi_scale": aspect_ratio_type is not None, "max_length": model_max_length}
+    stored = {name: store.fingerprint[name] for name in wanted if name in store.fingerprint}
+    differing = differences(stored, {name: wanted[name] for name in stored})
+    if differing:
+        scale = " --multi-scale" if aspect_ratio_type is not None else ""
+        raise DataError(
+            f"{store.root} was extracted for another config: {', '.join(differing)}; change the config, or run `python "
+            f"tools/extract_features.py SOURCE --out NEW_FOLDER --image-size {image_size}{scale} --max-length "
+            f"{model_max_length}`"
+        )
 
 
 def _spelled(root: Path) -> Path:

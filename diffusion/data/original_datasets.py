@@ -16,6 +16,7 @@ from diffusion.data.batch import TrainSample
 from diffusion.data.sampler import SampleKey
 from diffusion.errors import DataError
 from diffusion.features import read_caption_npz, read_latents_npy
+from diffusion.features.original import feature_names
 from diffusion.images import aspect_ratio_table, closest_bucket
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +46,11 @@ class OriginalLayout:
             raise DataError(
                 f"{missing[0]} does not exist ({len(missing)} feature files are missing); extract them first"
             )
+        owners: dict[Path, str] = {}
+        for entry in entries:
+            other = owners.setdefault(entry.latents, entry.key)
+            if other != entry.key:
+                raise DataError(f"{entry.latents} is the feature file of both {other!r} and {entry.key!r}; rename one")
         self.entries, self.root, self.model_max_length = list(entries), root, model_max_length
         self.buckets = [entry.bucket for entry in self.entries]
 
@@ -53,6 +59,10 @@ class OriginalLayout:
 
     def attribute(self, name: str) -> list[str]:
         raise DataError(f"{self.root}: this layout has no attribute {name!r}; balance_by needs a Store")
+
+    def caption_of(self, key: SampleKey) -> str:
+        """The picture's name: this layout keeps no texts beside its features."""
+        return self.entries[key.index].key
 
     def __getitem__(self, key: SampleKey) -> TrainSample:
         entry = self.entries[key.index]
@@ -66,18 +76,13 @@ class OriginalLayout:
 
 def sam_dataset(root: Path, image_list_txt: Sequence[str], image_size: int, model_max_length: int) -> OriginalLayout:
     """SA1B layout: partition/*.txt name pictures; features in caption_feature_wmask and img_vae_feature."""
+    captions = _folders(root, "caption_feature_wmask", "caption_features")
+    latents = _folders(root, f"img_vae_feature/train_vae_{image_size}/noflip", *_extracted(image_size))
+    size = (float(image_size), float(image_size))
     entries = []
     for name in _lines(root, image_list_txt):
-        entries.append(
-            _Entry(
-                key=name,
-                caption=root / "caption_feature_wmask" / f"{name}.npz",
-                latents=root / "img_vae_feature" / f"train_vae_{image_size}" / "noflip" / f"{name}.npy",
-                image_hw=(float(image_size), float(image_size)),
-                aspect_ratio=1.0,
-                bucket=(image_size, image_size),
-            )
-        )
+        files = _file(captions, [name], ".npz"), _file(latents, [name], ".npy")
+        entries.append(_Entry(name, *files, size, 1.0, (image_size, image_size)))
     return OriginalLayout(entries, root, model_max_length)
 
 
@@ -85,15 +90,14 @@ def internal_dataset(
     root: Path, image_list_json: Sequence[str], image_size: int, model_max_length: int
 ) -> OriginalLayout:
     """InternalData: square pictures listed in partition/*.json."""
-    latents = _existing(root, f"img_vae_features_{image_size}resolution/noflip")
-    captions = _existing(root, "caption_feature_wmask", "caption_features")
+    captions = _folders(root, "caption_feature_wmask", "caption_features")
+    latents = _folders(root, *_extracted(image_size))
+    size = (float(image_size), float(image_size))
     entries = []
     for item in _items(root, image_list_json, ("partition", "")):
-        stem = _feature_stem(item["path"])
-        size = (float(image_size), float(image_size))
-        entries.append(
-            _Entry(item["path"], captions / f"{stem}.npz", latents / f"{stem}.npy", size, 1.0, (image_size, image_size))
-        )
+        names = feature_names(item["path"])
+        files = _file(captions, names, ".npz"), _file(latents, names, ".npy")
+        entries.append(_Entry(item["path"], *files, size, 1.0, (image_size, image_size)))
     return OriginalLayout(entries, root, model_max_length)
 
 
@@ -101,33 +105,41 @@ def internal_ms_dataset(
     root: Path, image_list_json: Sequence[str], image_size: int, table_name: str, model_max_length: int
 ) -> OriginalLayout:
     """InternalDataMS: pictures of many sizes in aspect-ratio buckets, listed in partition_filter/*.json."""
-    latents = _existing(
-        root, f"img_vae_fatures_{image_size}_multiscale/ms", f"img_vae_features_{image_size}_multiscale/ms"
-    )
-    captions = _existing(root, "caption_feature_wmask", "caption_features")
+    captions = _folders(root, "caption_feature_wmask", "caption_features")
+    read = [f"img_vae_{word}_{image_size}_multiscale/ms" for word in ("fatures", "features")]
+    latents = _folders(root, *read, "img_vae_features/ms")
     table = aspect_ratio_table(table_name)
     entries = []
     for item in _items(root, image_list_json, ("partition_filter", "partition", "")):
-        stem = _feature_stem(item["path"])
+        names = feature_names(item["path"])
         ratio = closest_bucket(item["height"], item["width"], table)
         size = (float(item["height"]), float(item["width"]))
-        entries.append(
-            _Entry(item["path"], captions / f"{stem}.npz", latents / f"{stem}.npy", size, float(ratio), table[ratio])
-        )
+        files = _file(captions, names, ".npz"), _file(latents, names, ".npy")
+        entries.append(_Entry(item["path"], *files, size, float(ratio), table[ratio]))
     return OriginalLayout(entries, root, model_max_length)
 
 
-def _feature_stem(path: str) -> str:
-    """dir/file.png -> dir_file: as in the original, the last slash becomes an underscore."""
-    return "_".join(Path(path).with_suffix("").as_posix().rsplit("/", 1))
+def _extracted(image_size: int) -> tuple[str, str]:
+    """Folders of square latents: of the original's data sets, and as its extraction names them."""
+    return f"img_vae_features_{image_size}resolution/noflip", f"img_vae_features/{image_size}resolution/noflip"
 
 
-def _existing(root: Path, *names: str) -> Path:
-    """The first of several folder names that exists; the original's own spellings come first."""
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise DataError(f"{root / names[0]} does not exist; extract the features first")
+def _folders(root: Path, *names: str) -> list[Path]:
+    """Those of several feature folders that exist, in the root or beside it; the first name comes first.
+
+    The original's two steps do not agree on names, so whatever the one wrote the other reads here.
+    """
+    candidates = [folder / name for name in names for folder in (root, root.parent)]
+    found = [path for path in candidates if path.is_dir()]
+    if not found:
+        raise DataError(f"{candidates[0]} does not exist; extract the features first")
+    return found
+
+
+def _file(folders: Sequence[Path], names: Sequence[str], suffix: str) -> Path:
+    """The first feature file that exists, else the first that was looked for."""
+    candidates = [folder / f"{name}{suffix}" for folder in folders for name in names]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _find(root: Path, name: str, folders: Sequence[str]) -> Path:

@@ -37,6 +37,8 @@ class AspectRatioBatchSampler:
             "drop" leaves them out of this epoch.
         balance: one label a sample (such as the concept); an epoch then draws every label equally often (as often as
             the largest has samples, at most 8 times), cycling through its samples from epoch to epoch.
+        repeats: one number a sample, how often it is drawn an epoch (2, 0.5, ...); samples of one number and bucket
+            take turns from epoch to epoch. Not together with balance.
     Raises:
         DataError: no samples, or "drop" leaves no batch at all.
         ValueError: sizes below 1, a rank outside the world, or labels that are not one a sample.
@@ -53,6 +55,7 @@ class AspectRatioBatchSampler:
         seed: int = 0,
         last: Literal["pad", "drop"] = "pad",
         balance: Sequence[str] | None = None,
+        repeats: Sequence[float] | None = None,
     ) -> None:
         if len(buckets) == 0:
             raise DataError("the data set has no samples")
@@ -60,7 +63,9 @@ class AspectRatioBatchSampler:
             raise ValueError(f"{batch_size=}, {world_size=}, {rank=}, {accumulation=}, {last=} do not fit together")
         if balance is not None and len(balance) != len(buckets):
             raise ValueError(f"{len(balance)} balance labels for {len(buckets)} samples")
-        self.buckets, self.balance, self.seed, self.last = buckets, balance, seed, last
+        if repeats is not None and (balance is not None or len(repeats) != len(buckets) or min(repeats) <= 0):
+            raise ValueError(f"{len(repeats)} repeats for {len(buckets)} samples: one positive number each, no balance")
+        self.buckets, self.balance, self.seed, self.last, self.repeats = buckets, balance, seed, last, repeats
         self.batch_size, self.world_size, self.rank, self.accumulation = batch_size, world_size, rank, accumulation
         self.global_batch = batch_size * world_size * accumulation
         self.step = 0
@@ -103,7 +108,11 @@ class AspectRatioBatchSampler:
 
     def _make_plan(self, epoch: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{epoch}")
-        order = self._balanced(epoch) if self.balance is not None else list(range(len(self.buckets)))
+        order = list(range(len(self.buckets)))
+        if self.balance is not None:
+            order = self._balanced(epoch)
+        elif self.repeats is not None:
+            order = self._repeated(epoch, self.repeats)
         rng.shuffle(order)
         by_bucket: dict[Hashable, list[int]] = {}
         for index in order:
@@ -118,6 +127,17 @@ class AspectRatioBatchSampler:
                 batches.append(rest + [indices[i % len(indices)] for i in range(size - len(rest))])
         rng.shuffle(batches)
         return batches
+
+    def _repeated(self, epoch: int, repeats: Sequence[float]) -> list[int]:
+        """Every sample as often as its number says; the number of draws a bucket is the same in every epoch."""
+        groups: dict[tuple[float, Hashable], list[int]] = {}
+        for index, repeat in enumerate(repeats):
+            groups.setdefault((repeat, self.buckets[index]), []).append(index)
+        chosen: list[int] = []
+        for (repeat, _), samples in groups.items():
+            count = max(1, round(len(samples) * repeat))
+            chosen += [samples[(epoch * count + i) % len(samples)] for i in range(count)]
+        return chosen
 
     def _balanced(self, epoch: int) -> list[int]:
         """Every label equally often, its draws shared out over its buckets alike in all epochs.

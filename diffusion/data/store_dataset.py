@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from diffusion.data.batch import TrainSample
@@ -12,12 +15,15 @@ from diffusion.errors import DataError
 from diffusion.features import FeatureStore
 from diffusion.process import keyed_integer
 
+_RESOLUTION = 1 << 40  # steps of the line on which weighted captions are drawn
+
 
 class StoreDataset:
     """Samples of a store, or of one of its splits; one of a picture's captions is drawn by the sample's number.
 
     Args:
-        root: the store; split: value of the `split` attribute, None = all; seed: of the caption choice.
+        root: the store, a folder or a URL; split: value of the `split` attribute, None = all; seed: of the caption
+            choice.
         max_captions: only the first so many captions of a picture are drawn; None = all.
     Raises:
         DataError: no store there, or no sample in the split.
@@ -26,22 +32,25 @@ class StoreDataset:
     def __init__(
         self, root: str | Path, *, split: str | None = None, seed: int = 0, max_captions: int | None = None
     ) -> None:
-        self.store, self.seed = FeatureStore(root), seed
-        splits = self.store.attribute("split") if split is not None else None
-        self.rows = [i for i in range(len(self.store)) if splits is None or splits[i] == split]
-        if not self.rows:
-            raise DataError(f"{root} has no sample in split {split!r}; it has {', '.join(sorted(set(splits or ())))}")
-        all_buckets, sizes = self.store.buckets(), self.store.column("image_size")
-        self.buckets = [all_buckets[row] for row in self.rows]
-        self._image_sizes = [tuple(sizes[row]) for row in self.rows]
-        keys, counts = self.store.column("key"), self.store.num_captions()
-        self._keys = [keys[row] for row in self.rows]
-        self._num_captions = [
-            counts[row] if max_captions is None else min(counts[row], max_captions) for row in self.rows
-        ]
+        self.store, self.seed, self.max_captions = FeatureStore(root), seed, max_captions
+        # Arrays, not lists: a million rows shall open in a moment and cost megabytes.
+        self.rows = np.arange(len(self.store))
+        buckets = self.store.buckets()
+        if split is not None:
+            splits = self.store.attribute("split")
+            self.rows = np.flatnonzero(np.array(splits) == split)
+            if not len(self.rows):
+                raise DataError(f"{root} has no sample in split {split!r}; it has {', '.join(sorted(set(splits)))}")
+            buckets = [buckets[row] for row in self.rows]
+        self.buckets = buckets
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def feature_stores(self) -> list[FeatureStore]:
+        """The stores behind this data set."""
+        return [self.store]
 
     @property
     def caption_channels(self) -> int:
@@ -58,16 +67,30 @@ class StoreDataset:
         return [values[row] for row in self.rows]
 
     def __getitem__(self, key: SampleKey) -> TrainSample:
-        row = self.rows[key.index]
+        row = int(self.rows[key.index])
         mean, std = self.store.latents(row)
-        caption = keyed_integer(self.seed, "caption", key.number, self._num_captions[key.index])
-        height, width = self.buckets[key.index]
+        bucket_height, bucket_width = self.buckets[key.index]
+        name, image_size = self.store.identity(row)
         return TrainSample(
             latents_mean=mean,
             latents_std=std,
-            caption_embeds=self.store.caption(row, caption),
-            img_hw=self._image_sizes[key.index],
-            aspect_ratio=height / width,
+            caption_embeds=self.store.caption(row, self._draw_caption(row, key.number)),
+            img_hw=image_size,
+            aspect_ratio=bucket_height / bucket_width,
             number=key.number,
-            key=self._keys[key.index],
+            key=name,
         )
+
+    def caption_of(self, key: SampleKey) -> str:
+        """Text of the caption that a sample is drawn with."""
+        row = int(self.rows[key.index])
+        return self.store.caption_text(row, self._draw_caption(row, key.number))
+
+    def _draw_caption(self, row: int, number: int) -> int:
+        count, weights = self.store.caption_choice(row)
+        count = count if self.max_captions is None else min(count, self.max_captions)
+        if not weights:
+            return keyed_integer(self.seed, "caption", number, count)
+        ends = list(accumulate(weights[:count]))
+        point = keyed_integer(self.seed, "caption", number, _RESOLUTION) / _RESOLUTION * ends[-1]
+        return min(bisect.bisect_right(ends, point), count - 1)

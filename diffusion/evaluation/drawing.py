@@ -18,7 +18,7 @@ from diffusion.evaluation.free_prompts import FreePrompt
 from diffusion.evaluation.picture_features import fine_detail_energy
 from diffusion.evaluation.retrieval import RANKS, Gallery, nearest_pictures, recall, to_pixels
 from diffusion.features.sources import Sample
-from diffusion.images import decode_image, decode_latents, encode_moments, labelled_grid, to_pil, to_tensor
+from diffusion.images import decode_latents, encode_moments, labelled_grid, to_pil, to_tensor
 from diffusion.inference import PixArtPipeline
 
 JPEG_QUALITY = 75
@@ -76,7 +76,7 @@ def caption_of(sample: Sample, kind: str) -> str:
     if kind not in CAPTION_KINDS:
         raise PromptError(f"caption kind {kind!r} is unknown; {did_you_mean(kind, CAPTION_KINDS)}")
     if len(sample.captions) <= CAPTION_KINDS[kind]:
-        raise DataError(f"{sample.path} has no caption of kind {kind!r}")
+        raise DataError(f"{sample.key} has no caption of kind {kind!r}")
     return sample.captions[CAPTION_KINDS[kind]]
 
 
@@ -163,7 +163,7 @@ def evaluate_free_prompts(
 
 def round_trips(gallery: Gallery, rows: Sequence[int], vae: Any) -> list[Outcome]:
     """The sanity rows: real pictures after JPEG and after the VAE must find themselves."""
-    real = [decode_image(gallery.samples[row].path) for row in rows]
+    real = [gallery.samples[row].decode() for row in rows]
     labels = [gallery.samples[row].captions[0] for row in rows]
     trips = {f"real, JPEG {JPEG_QUALITY}": map(_through_jpeg, real), "real, VAE": _through_vae(real, vae)}
     return [judge(gallery, name, rows, labels, list(pictures)) for name, pictures in trips.items()]
@@ -191,7 +191,7 @@ def write_outcomes(
     (folder / "retrieval.md").write_text(markdown_table(rows), encoding="utf-8")
     for outcome in outcomes:
         chosen = spread(range(len(outcome.pictures)), shown)
-        pairs = [_pair(outcome.pictures[i], decode_image(gallery.samples[outcome.nearest[i]].path)) for i in chosen]
+        pairs = [_pair(outcome.pictures[i], gallery.samples[outcome.nearest[i]].decode()) for i in chosen]
         labels = [("" if outcome.right[i] else "[other] ") + outcome.labels[i] for i in chosen]
         name = "-".join(outcome.figures["name"].replace(",", " ").split())
         labelled_grid(pairs, labels, columns=8).save(folder / f"sheet-{name}.png")

@@ -20,7 +20,6 @@ from torch import Tensor
 from diffusion.errors import DataError
 from diffusion.evaluation.picture_features import colour_features, edge_features, fine_detail_energy
 from diffusion.features.sources import Sample, read_folder
-from diffusion.images import decode_image
 
 RANKS = (1, 5)
 _CHUNK = 256
@@ -84,10 +83,10 @@ def load_gallery(folder: str | Path) -> Gallery:
     for sample in samples:
         lacking = [name for name in ("concept", "duplicate_group") if not sample.attributes.get(name)]
         if lacking:
-            raise DataError(f"{sample.path}: its row in metadata.jsonl has no {' and no '.join(lacking)}")
+            raise DataError(f"{sample.key}: its row in metadata.jsonl has no {' and no '.join(lacking)}")
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(samples), _CHUNK):
-        pixels = to_pixels([decode_image(sample.path) for sample in samples[start : start + _CHUNK]])
+        pixels = to_pixels([sample.decode() for sample in samples[start : start + _CHUNK]])
         parts.append((colour_features(pixels), edge_features(pixels), fine_detail_energy(pixels)))
     colour, edges, detail = (torch.cat(block) for block in zip(*parts))
     scales = (_mean_square_distance(colour) ** 0.5, _mean_square_distance(edges) ** 0.5)

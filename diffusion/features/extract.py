@@ -1,72 +1,90 @@
-"""From pictures and captions to a feature store: T5 once a caption, VAE once a picture."""
+"""From pictures and captions to a feature store: by one process or by many, resumable, and only what is new."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.devices import choose_device
 from diffusion.errors import ConfigError, DataError
-from diffusion.features.fingerprint import hash_files, hash_folder, hash_names
-from diffusion.features.rows import DTYPES, FeatureRow
-from diffusion.features.sources import METADATA, Sample, read_folder
-from diffusion.features.store import FeatureStoreWriter, write_atomically
-from diffusion.images import (
-    aspect_ratio_table,
-    closest_bucket,
-    decode_image,
-    encode_moments,
-    load_vae,
-    resize_and_crop,
-    to_tensor,
-    vae_folder,
-)
+from diffusion.features.fingerprint import encoder_hashes
+from diffusion.features.manifest import REJECTED
+from diffusion.features.rows import DTYPES
+from diffusion.features.sources import Rejected, Sample, Source, open_source
+from diffusion.features.stages import Block, EncodedBlock, ExtractionSettings, encode_blocks
+from diffusion.features.writer import FeatureStoreWriter, RowState
+from diffusion.files import FolderLock
+from diffusion.images import PREPROCESSING_VERSION, decode_bytes, load_vae, vae_folder
+from diffusion.ranks import Ranks
 from diffusion.text import CLEANER_VERSION, CaptionEncoder, text_folders
 
-SKIPPED = "skipped.jsonl"
-MAX_SKIPPED_SHARE = 0.01
+MAX_REJECTED_SHARE = 0.01
+# A shard holds at most about so many captions, however many a picture has: it is encoded in memory.
+_CAPTIONS_PER_SHARD = 4096
+_PROBED = 32
 
 
 @dataclass(frozen=True)
-class ExtractionSettings:
-    """How pictures and captions become features.
+class Encoders:
+    """Folders of a tokenizer, a T5 encoder and a VAE.
 
     Args:
-        image_size: px; the square side, or the bucket table's base with multi_scale.
-        multi_scale: resize to the nearest aspect-ratio bucket instead of the square.
-        dtype: storage dtype, and on a GPU the precision of the encoders.
-        max_length: tokens a caption at most.
+        text: pipeline or T5 folder, see `text_folders`; vae: pipeline or VAE folder, see `vae_folder`.
     """
 
-    image_size: int = 256
-    multi_scale: bool = False
-    dtype: str = "bf16"
-    max_length: int = 120
-    batch_size: int = 32
+    text: Path
+    vae: Path
 
-    def bucket_of(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in px that a picture is resized and cropped to."""
-        if not self.multi_scale:
-            return self.image_size, self.image_size
-        table = aspect_ratio_table(f"ASPECT_RATIO_{self.image_size}")
-        return table[closest_bucket(height, width, table)]
+    @classmethod
+    def find(cls, pretrained: str | Path) -> Encoders:
+        """In a diffusers pipeline, or in the original's download folder (`sd-vae-ft-ema`, `t5_ckpts/t5-v1_1-xxl`)."""
+        root = Path(pretrained)
+        text, vae = root / "t5_ckpts" / "t5-v1_1-xxl", root / "sd-vae-ft-ema"
+        return cls(text if text.is_dir() else root, vae if vae.is_dir() else root)
+
+    def load_text(self, device: torch.device, settings: ExtractionSettings) -> CaptionEncoder:
+        """Raises CheckpointError."""
+        dtype = compute_dtype(device, settings)
+        return CaptionEncoder.from_pretrained(self.text, device=device, dtype=dtype, max_length=settings.max_length)
+
+    def load_vae(self, device: torch.device, settings: ExtractionSettings) -> Any:
+        """Raises CheckpointError."""
+        return load_vae(self.vae, device=device, dtype=compute_dtype(device, settings))
+
+    def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json of the T5 encoder and of the VAE. Raises DataError when one cannot be read."""
+        paths = text_folders(self.text)[1] / "config.json", vae_folder(self.vae) / "config.json"
+        try:
+            text, vae = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{paths[0]} or {paths[1]} cannot be read ({error})") from error
+        return text, vae
+
+    def fingerprint(self, settings: ExtractionSettings) -> dict[str, Any]:
+        """Everything beside the source that determines the features. Raises CheckpointError: encoders missing."""
+        return {
+            **encoder_hashes(self.text, self.vae),
+            "cleaner": CLEANER_VERSION,
+            "preprocessing": PREPROCESSING_VERSION,
+            "image_size": settings.image_size,
+            "multi_scale": settings.multi_scale,
+            "dtype": settings.dtype,
+            "max_length": settings.max_length,
+        }
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    sample: Sample
-    image_size: tuple[int, int]
-    bucket: tuple[int, int]
-    crop_box: tuple[float, float, float, float]
-    pixels: torch.Tensor
+def compute_dtype(device: torch.device, settings: ExtractionSettings) -> torch.dtype:
+    return DTYPES[settings.dtype] if device.type == "cuda" else torch.float32
 
 
 def extract_folder(
@@ -79,149 +97,192 @@ def extract_folder(
     limit: int | None = None,
     splits: Sequence[str] | None = None,
     rows_per_shard: int = 512,
+    max_rejected: float = MAX_REJECTED_SHARE,
+    prune: bool = False,
+    dataset_root: str | Path | None = None,
 ) -> dict[str, int]:
-    """Extract features of a folder of captioned pictures; call it again after an interruption.
+    """Extract features of captioned pictures; call it again after an interruption, or when pictures were added.
+
+    Under torchrun the processes share the work. Rows of pictures or captions that have changed are made anew.
 
     Args:
-        source: see `read_folder`; out: the store's folder; pretrained: a diffusers pipeline folder.
+        source, splits, dataset_root: see `open_source`; out: the store's folder; pretrained: see `Encoders.find`.
         limit: evenly spaced subset of at most this many pictures.
+        max_rejected: largest share of unusable pictures; one is always allowed.
+        prune: take rows out of the store whose pictures the source no longer has; else they are an error.
     Returns:
-        counts: pictures, skipped, captions_cut.
+        counts: pictures, new, changed, pruned, rejected, captions_cut, enlarged (the last two of this extraction).
     Raises:
-        DataError: broken source, other settings than the store's, or more than 1 % unreadable pictures.
-        CheckpointError: encoders missing.
+        DataError: broken source, another fingerprint than the store's, rows without a picture, too many rejections.
+        CheckpointError: encoders missing. WorkDirLockedError: another extraction writes there.
     """
     if settings.dtype not in DTYPES:
         raise ConfigError(f"--dtype {settings.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    samples = read_folder(source, splits)
-    if limit is not None and limit < len(samples):
-        samples = [samples[i * len(samples) // limit] for i in range(limit)]
-    chosen = choose_device(device)
-    compute = DTYPES[settings.dtype] if chosen.type == "cuda" else torch.float32
-    encoder = CaptionEncoder.from_pretrained(pretrained, device=chosen, dtype=compute, max_length=settings.max_length)
-    vae = load_vae(pretrained, device=chosen, dtype=compute)
-    writer = FeatureStoreWriter(
-        out,
-        _fingerprint(Path(source), Path(pretrained), settings, samples),
-        encoder.encode_unpadded([""])[0],
-        dtype=settings.dtype,
-        rows_per_shard=rows_per_shard,
-    )
-    skipped = _Skipped(Path(out) / SKIPPED, len(samples))
-    todo = samples[writer.num_rows + skipped.before(writer.num_rows) :]
-    done = len(samples) - len(todo)
-    with tqdm(total=len(samples), initial=done, unit="picture", file=sys.stdout, mininterval=1) as bar:
-        for decoded in _batches(_decode(todo, settings, skipped, writer), settings.batch_size, rows_per_shard):
-            for row in _encode(decoded, encoder, vae):
-                writer.add(row)
-            bar.update(len(decoded))
-    writer.close()
-    return {"pictures": writer.num_rows, "skipped": len(skipped.entries), "captions_cut": encoder.num_truncated}
+    ranks = Ranks(device)
+    try:
+        found = open_source(source, splits, dataset_root=dataset_root)
+        samples = found.samples
+        if limit is not None and limit < len(samples):
+            samples = [samples[i * len(samples) // limit] for i in range(limit)]
+        refuse_too_many(found.rejected, found.total, max_rejected, Path(out))
+        _probe(samples)
+        job = _Job(Path(out), Encoders.find(pretrained), settings, found, samples, max_rejected, rows_per_shard)
+        return job.run(ranks, device, prune)
+    finally:
+        ranks.close()
 
 
-def _fingerprint(
-    source: Path, pretrained: Path, settings: ExtractionSettings, samples: Sequence[Sample]
-) -> dict[str, Any]:
-    tokenizer, text_encoder = text_folders(pretrained)
-    metadata = source / METADATA
-    return {
-        "text_encoder": hash_folder(text_encoder),
-        "tokenizer": hash_folder(tokenizer),
-        "vae": hash_folder(vae_folder(pretrained)),
-        "cleaner": CLEANER_VERSION,
-        "image_size": settings.image_size,
-        "multi_scale": settings.multi_scale,
-        "dtype": settings.dtype,
-        "max_length": settings.max_length,
-        "source": hash_files([metadata] if metadata.is_file() else [s.path.with_suffix(".txt") for s in samples]),
-        "pictures": len(samples),
-        "selection": hash_names(f"{sample.key}\t{sample.path.stat().st_size}" for sample in samples),
-    }
-
-
-class _Skipped:
-    """Unreadable pictures: counted, listed in skipped.jsonl, and beyond 1 % an error."""
-
-    def __init__(self, path: Path, total: int) -> None:
-        self.path, self.allowed = path, int(total * MAX_SKIPPED_SHARE)
-        self.entries: list[dict[str, Any]] = []
-        if path.is_file():
-            self.entries = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def before(self, num_rows: int) -> int:
-        """How many pictures were skipped before row `num_rows` - 1; those behind it are forgotten and tried again."""
-        self.entries = [entry for entry in self.entries if entry["after_rows"] < num_rows]
-        self._write()
-        return len(self.entries)
-
-    def add(self, key: str, reason: str, after_rows: int) -> None:
-        self.entries.append({"key": key, "reason": reason, "after_rows": after_rows})
-        self._write()
-        if len(self.entries) > self.allowed:
-            raise DataError(
-                f"{len(self.entries)} unreadable pictures exceed 1 % ({self.allowed} allowed), the last: {reason}; "
-                f"all are listed in {self.path}"
-            )
-
-    def _write(self) -> None:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.entries)
-        write_atomically(self.path, lines.encode())
-
-
-def _decode(
-    samples: Sequence[Sample], settings: ExtractionSettings, skipped: _Skipped, writer: FeatureStoreWriter
-) -> Iterator[_Decoded]:
-    """Decode ahead in threads (Pillow releases the interpreter), in order."""
-
-    def load(sample: Sample) -> _Decoded | DataError:
+def _probe(samples: Sequence[Sample]) -> None:
+    """Fail before the encoders are loaded when not one of a few pictures can be decoded."""
+    chosen = [samples[i * len(samples) // _PROBED] for i in range(_PROBED)] if len(samples) > _PROBED else samples
+    problem = None
+    for sample in chosen:
         try:
-            image = decode_image(sample.path)
+            decode_bytes(sample.picture.read(), sample.picture.place)
+            return
         except DataError as error:
-            return error
-        bucket = settings.bucket_of(image.height, image.width)
-        cropped, box = resize_and_crop(image, bucket)
-        return _Decoded(sample, (image.height, image.width), bucket, box, to_tensor(cropped))
-
-    ahead = 4 * settings.batch_size
-    decoded_rows = writer.num_rows
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for start in range(0, len(samples), ahead):
-            part = samples[start : start + ahead]
-            for sample, result in zip(part, pool.map(load, part)):
-                if isinstance(result, DataError):
-                    skipped.add(sample.key, str(result), decoded_rows)
-                else:
-                    decoded_rows += 1
-                    yield result
+            problem = problem or error
+    raise DataError(f"none of {len(chosen)} pictures can be read, the first: {problem}")
 
 
-def _batches(decoded: Iterator[_Decoded], size: int, rows_per_shard: int) -> Iterator[list[_Decoded]]:
-    """Consecutive pictures of one bucket, at most `size`, never across shards: a shard depends on its rows alone."""
-    batch: list[_Decoded] = []
-    for number, item in enumerate(decoded):
-        full = len(batch) == size or number % rows_per_shard == 0
-        if batch and (full or batch[0].bucket != item.bucket):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class _Job:
+    out: Path
+    encoders: Encoders
+    settings: ExtractionSettings
+    source: Source
+    samples: list[Sample]
+    max_rejected: float
+    rows_per_shard: int
+
+    def run(self, ranks: Ranks, device: str, prune: bool) -> dict[str, int]:
+        chosen = choose_device(device if ranks.world_size == 1 else str(ranks.device))
+        lock, counts = None, {"changed": 0, "pruned": 0}
+        fingerprint = self.encoders.fingerprint(self.settings) if ranks.is_main else None
+        if ranks.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.out, "--out")
+        encoder = self.encoders.load_text(chosen, self.settings)
+        null_caption = encoder.encode_unpadded([""])[0]
+        if ranks.is_main:
+            writer = self._writer(fingerprint, null_caption)
+            counts = self._bring_up_to_date(writer, prune)
+        ranks.barrier()
+        if not ranks.is_main:
+            writer = self._writer(None, null_caption)
+        blocks = self.plan(writer)
+        ranks.barrier()  # nobody writes before everybody has planned
+        mine = blocks[ranks.rank :: ranks.world_size]
+        if mine:
+            self._encode(mine, encoder, self.encoders.load_vae(chosen, self.settings), writer, ranks)
+        ranks.barrier()
+        writer.refresh()
+        counts |= {"new": sum(len(block.samples) for block in blocks), "captions_cut": 0, "enlarged": 0}
+        counts |= writer.counts()
+        if ranks.is_main:
+            self._finish(writer)
+        if lock is not None:
+            lock.release()
+        rejected = len(writer.rejected) + len(self.source.rejected)
+        return {**counts, "pictures": writer.num_rows, "rejected": rejected}
+
+    def _writer(self, fingerprint: Mapping[str, Any] | None, null_caption: Tensor) -> FeatureStoreWriter:
+        return FeatureStoreWriter(self.out, fingerprint, null_caption, dtype=self.settings.dtype)
+
+    def _bring_up_to_date(self, writer: FeatureStoreWriter, prune: bool) -> dict[str, int]:
+        """Take rows out of the store that no longer are what their source says."""
+        states = writer.states()
+        wanted = {sample.key: sample for sample in self.samples}
+        gone = sorted(states.keys() - wanted.keys())
+        if gone and not prune:
+            raise DataError(
+                f"{self.out} holds {len(gone)} rows of pictures that this command does not select, the first "
+                f"{gone[0]!r}; bring them back, take them out with --prune, or extract into another folder"
+            )
+        changed = [key for key in sorted(states.keys() & wanted.keys()) if has_changed(wanted[key], states[key])]
+        writer.remove([*gone, *changed])
+        mended = [
+            key for key, item in writer.rejected.items() if key not in wanted or item.stat != wanted[key].picture.stat()
+        ]
+        writer.forget_rejections(mended)
+        return {"changed": len(changed), "pruned": len(gone)}
+
+    def plan(self, writer: FeatureStoreWriter) -> list[Block]:
+        """What is not in the store, cut into blocks; after an interruption the same blocks as before."""
+        states = writer.states()
+        todo = [s for s in self.samples if s.key not in states and s.key not in writer.rejected]
+        captions = max(1, sum(len(sample.captions) for sample in self.samples) // len(self.samples))
+        size = max(1, min(self.rows_per_shard, _CAPTIONS_PER_SHARD // captions))
+        parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+        return [Block(number, part) for number, part in zip(writer.free_numbers(), parts)]
+
+    def _encode(
+        self, blocks: list[Block], encoder: CaptionEncoder, vae: Any, writer: FeatureStoreWriter, ranks: Ranks
+    ) -> None:
+        sizes = {block.number: len(block.samples) for block in blocks}
+        encoded = encode_blocks(blocks, self.settings, encoder, vae)
+        silent = not ranks.is_main
+        with tqdm(total=sum(sizes.values()), unit="picture", file=sys.stdout, mininterval=1, disable=silent) as bar:
+            for block in write_behind(encoded, writer.commit_block):
+                bar.update(sizes[block.number])
+                rejected = [*self.source.rejected, *writer.rejected.values()]
+                rejected += [item for entry in writer.entries.values() for item in map(_as_rejected, entry.rejected)]
+                refuse_too_many(_distinct(rejected), self.source.total, self.max_rejected, self.out)
+
+    def _finish(self, writer: FeatureStoreWriter) -> None:
+        rejected = _distinct([*self.source.rejected, *writer.rejected.values()])
+        refuse_too_many(rejected, self.source.total, self.max_rejected, self.out)
+        writer.close(self.source.rejected)
+        if writer.num_rows == 0:
+            raise DataError(f"{self.out}: not one picture could be extracted; see {self.out / REJECTED}")
 
 
-def _encode(batch: Sequence[_Decoded], encoder: CaptionEncoder, vae: Any) -> Iterator[FeatureRow]:
-    mean, std = encode_moments(vae, torch.stack([item.pixels for item in batch]))
-    texts = [caption for item in batch for caption in item.sample.captions]
-    embeds = iter(encoder.encode_unpadded(texts))
-    for index, item in enumerate(batch):
-        captions = list(item.sample.captions)
-        yield FeatureRow(
-            key=item.sample.key,
-            image_size=item.image_size,
-            bucket=item.bucket,
-            crop_box=item.crop_box,
-            latents_mean=mean[index].cpu(),
-            latents_std=std[index].cpu(),
-            captions=captions,
-            caption_embeds=[next(embeds) for _ in captions],
-            attributes=item.sample.attributes,
+def has_changed(sample: Sample, state: RowState) -> bool:
+    """Whether captions, attributes or the bytes of the picture are others than when the row was made."""
+    if not state.record_hash:  # a row of format version 1, which kept neither
+        return False
+    if state.record_hash != sample.record_hash():
+        return True
+    if state.source_stat == sample.picture.stat():
+        return False
+    try:
+        return xxhash.xxh3_128_hexdigest(sample.picture.read()) != state.source_hash
+    except DataError:
+        return True
+
+
+def write_behind(encoded: Iterable[EncodedBlock], commit: Callable[[EncodedBlock], None]) -> Iterator[EncodedBlock]:
+    """Commit blocks in a thread while the next one is encoded; yields each block when it is safely on disk."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[EncodedBlock, Future[None]] | None = None
+        for block in encoded:
+            if waiting is not None:
+                waiting[1].result()
+                yield waiting[0]
+            waiting = block, pool.submit(commit, block)
+        if waiting is not None:
+            waiting[1].result()
+            yield waiting[0]
+
+
+def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out: Path) -> None:
+    """One unusable picture is always allowed; beyond that at most a share of all.
+
+    Raises:
+        DataError: more; with the number, the last reason, and how to go on.
+    """
+    allowed = max(1, int(total * share))
+    if len(rejected) > allowed:
+        raise DataError(
+            f"{len(rejected)} of {total} pictures cannot be used, {allowed} are allowed; the last: "
+            f"{rejected[-1].reason}. `python tools/check_data.py` lists all; mend them, or go on without them with "
+            f"--max-rejected {min(1.0, len(rejected) / total + 0.01):.2f} (they are listed in {out / REJECTED})"
         )
+
+
+def _as_rejected(item: Mapping[str, str]) -> Rejected:
+    return Rejected(**item)
+
+
+def _distinct(rejected: Iterable[Rejected]) -> list[Rejected]:
+    return list({item.key: item for item in rejected}.values())

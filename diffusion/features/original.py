@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.errors import DataError
+from diffusion.files import write_atomically
 
 
 def read_caption_npz(path: Path, max_length: int) -> Tensor:
@@ -52,3 +54,31 @@ def read_latents_npy(path: Path) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path} has shape {moments.shape}, expected (2 x channels, h, w); extract it again")
     mean, std = torch.from_numpy(moments.astype(np.float32)).chunk(2)
     return mean, std
+
+
+def write_caption_npz(path: Path, embeds: Tensor, max_length: int) -> None:
+    """The original's file of a caption (L, C): float32 (1, max_length, C), padded with zeros, and its mask."""
+    padded = np.zeros((1, max_length, embeds.shape[1]), np.float32)
+    padded[0, : len(embeds)] = embeds.float().numpy()
+    mask = (np.arange(max_length) < len(embeds)).astype(np.int64)[None]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, caption_feature=padded, attention_mask=mask)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_latents_npy(path: Path, mean: Tensor, std: Tensor) -> None:
+    """The original's VAE file: float32 (2C, h, w), mean then standard deviation, unscaled."""
+    buffer = io.BytesIO()
+    np.save(buffer, torch.cat([mean, std]).float().numpy())
+    write_atomically(path, buffer.getvalue())
+
+
+def feature_names(path: str) -> list[str]:
+    """Names, without suffix, under which programs of the original store the features of a picture.
+
+    For a/b/c.jpg: `a/b_c` (its data sets; the last slash becomes an underscore), `b_c` (its multi-scale extraction; cut
+    at the first dot) and `c` (its single-scale extraction).
+    """
+    pure = PurePosixPath(path)
+    parts = pure.with_suffix("").as_posix()
+    return list(dict.fromkeys(["_".join(parts.rsplit("/", 1)), "_".join(pure.parts[-2:]).split(".")[0], pure.stem]))

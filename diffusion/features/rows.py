@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,7 +27,17 @@ SCHEMA = pa.schema(
         ("caption_embeds", pa.list_(pa.large_binary())),
         # Not map_: Hugging Face datasets cannot open it.
         ("attributes", pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))),
+        # Since format version 2:
+        ("caption_weights", pa.list_(pa.float32())),
+        ("source_stat", pa.string()),
+        ("source_hash", pa.string()),
+        ("record_hash", pa.string()),
     ]
+)
+_SINCE_VERSION_2 = ("caption_weights", "source_stat", "source_hash", "record_hash")
+# What opening a store reads of every row.
+INDEX_SCHEMA = pa.schema(
+    [SCHEMA.field(name) for name in ("key", "image_size", "bucket", "attributes")] + [("num_captions", pa.int32())]
 )
 
 
@@ -42,6 +53,9 @@ class FeatureRow:
         latents_mean, latents_std: (C, h, w) of the VAE's posterior, unscaled.
         captions, caption_embeds: texts, and one (L_i, caption_channels) tensor each, without padding.
         attributes: further columns of the source (concept, split, ...).
+        caption_weights: how often each caption is drawn, relative to the others; empty = all alike.
+        source_stat, source_hash, record_hash: size and time of the picture's file, xxh3-128 of its bytes, and a hash of
+            captions, weights and attributes; empty in stores of format version 1.
     """
 
     key: str
@@ -53,6 +67,10 @@ class FeatureRow:
     captions: list[str]
     caption_embeds: list[Tensor]
     attributes: dict[str, str] = field(default_factory=dict)
+    caption_weights: list[float] = field(default_factory=list)
+    source_stat: str = ""
+    source_hash: str = ""
+    record_hash: str = ""
 
     def check(self, dtype: torch.dtype) -> None:
         """Refuse what must never enter a store of that dtype.
@@ -60,6 +78,14 @@ class FeatureRow:
         Raises:
             DataError: NaN or infinity in the features, or captions without embeddings.
         """
+        self.check_finite(dtype)
+        if not self.captions or len(self.captions) != len(self.caption_embeds):
+            raise DataError(f"{self.key}: {len(self.captions)} captions and {len(self.caption_embeds)} embeddings")
+        if self.caption_weights and len(self.caption_weights) != len(self.captions):
+            raise DataError(f"{self.key}: {len(self.caption_weights)} weights for {len(self.captions)} captions")
+
+    def check_finite(self, dtype: torch.dtype) -> None:
+        """Raises DataError naming the first feature with NaN or infinity in that dtype."""
         tensors = [("latents_mean", self.latents_mean), ("latents_std", self.latents_std)]
         tensors += [(f"caption_embeds[{i}]", embeds) for i, embeds in enumerate(self.caption_embeds)]
         for name, tensor in tensors:
@@ -67,8 +93,6 @@ class FeatureRow:
                 raise DataError(
                     f"{self.key}: {name} is not finite in {dtype}; the encoder overflowed: use --dtype fp32"
                 )
-        if not self.captions or len(self.captions) != len(self.caption_embeds):
-            raise DataError(f"{self.key}: {len(self.captions)} captions and {len(self.caption_embeds)} embeddings")
 
 
 def to_bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
@@ -97,5 +121,24 @@ def to_batch(rows: Sequence[FeatureRow], dtype: torch.dtype) -> pa.RecordBatch:
         "attributes": [
             [{"name": name, "value": value} for name, value in sorted(row.attributes.items())] for row in rows
         ],
+        "caption_weights": [row.caption_weights for row in rows],
+        "source_stat": [row.source_stat for row in rows],
+        "source_hash": [row.source_hash for row in rows],
+        "record_hash": [row.record_hash for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def upgrade(table: pa.Table) -> pa.Table:
+    """A table of format version 1 with the columns that version 2 added, empty."""
+    for name in (name for name in _SINCE_VERSION_2 if name not in table.column_names):
+        empty: list[object] = [[] if name == "caption_weights" else ""] * len(table)
+        table = table.append_column(SCHEMA.field(name), pa.array(empty, SCHEMA.field(name).type))
+    return table
+
+
+def index_of(table: pa.Table) -> pa.Table:
+    """The index columns of a table of rows."""
+    counts = pc.list_value_length(table.column("captions")).cast(pa.int32())
+    columns = [table.column(name) for name in INDEX_SCHEMA.names[:-1]]
+    return pa.table([*columns, counts], schema=INDEX_SCHEMA)

@@ -14,9 +14,16 @@ from diffusion.images.buckets import (
     aspect_ratio_table,
     closest_bucket,
 )
-from diffusion.images.decoding import IMAGE_SUFFIXES, decode_image
+from diffusion.images.decoding import (
+    IMAGE_SUFFIXES,
+    PREPROCESSING_VERSION,
+    decode_bytes,
+    decode_image,
+    picture_size,
+    read_picture,
+)
 from diffusion.images.grid import labelled_grid
-from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor
+from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
 from diffusion.images.vae import decode_latents, encode_moments, load_vae, vae_folder
 
 __all__ = [
@@ -31,16 +38,21 @@ __all__ = [
     "ASPECT_RATIO_2880",
     "ASPECT_RATIO_2880_TEST",
     "IMAGE_SUFFIXES",
+    "PREPROCESSING_VERSION",
     "aspect_ratio_table",
     "closest_bucket",
     "crop_box_for",
+    "decode_bytes",
     "decode_image",
     "decode_latents",
     "encode_moments",
     "labelled_grid",
     "load_vae",
+    "picture_size",
+    "read_picture",
     "resize_and_crop",
     "to_pil",
     "to_tensor",
+    "to_unit_range",
     "vae_folder",
 ]

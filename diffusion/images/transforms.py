@@ -39,8 +39,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     if image.mode != "RGB":
         raise ValueError(f"mode {image.mode} is not RGB; decode pictures with decode_image")
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
+    return to_unit_range(torch.from_numpy(np.array(image)))
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [-1, 1], on their device."""
+    return pixels.movedim(-1, -3).float().div_(127.5).sub_(1.0).contiguous()
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,22 @@ class CaptionEncoder:
             raise CheckpointError(f"{encoder_folder}: {len(missing)} weights are missing, the first {missing[0]!r}")
         return cls(tokenizer, make_float16_safe(model).to(device), max_length=max_length)
 
+    @staticmethod
+    def token_counter(folder: str | Path) -> Callable[[Sequence[str]], list[int]]:
+        """A function from captions to their numbers of tokens with `</s>`, before any cut, by the folder's tokenizer.
+
+        Raises CheckpointError when the tokenizer is missing or unreadable.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer_folder = text_folders(folder)[0]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{tokenizer_folder}: the tokenizer cannot be loaded ({error})") from error
+        backend = tokenizer.backend_tokenizer  # not the tokenizer: it would warn of every long caption
+        return lambda captions: [len(encoding.ids) for encoding in backend.encode_batch(list(captions))]
+
     @property
     def device(self) -> torch.device:
         return self.model.device if self._device is None else self._device
@@ -101,19 +117,26 @@ class CaptionEncoder:
             raise ValueError("encode needs at least one caption")
         return self._run(self._tokenize(captions))
 
-    def encode_unpadded(self, captions: Sequence[str], batch_size: int = 32) -> list[Tensor]:
+    def encode_unpadded(
+        self, captions: Sequence[str], batch_size: int = 32, *, token_budget: int | None = None
+    ) -> list[Tensor]:
         """Encode captions of any number -> one (L_i, C) tensor each, on the CPU, in the order given.
 
-        They run in batches of `batch_size` captions of similar length, so little work goes into padding.
+        They run sorted by length, so little work goes into padding: `batch_size` captions a call, or with
+        `token_budget` as many as fit that number of tokens, padding included (at least one).
         """
         token_ids = self._tokenize(captions) if len(captions) > 0 else []
         order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
         results: list[Tensor] = [torch.empty(0)] * len(token_ids)
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            embeds = self._run([token_ids[index] for index in indices])[0].cpu()
-            for row, index in enumerate(indices):
-                results[index] = embeds[row, : len(token_ids[index])].clone()
+        previous: tuple[list[int], Tensor] | None = None
+        for indices in _packed(order, [len(ids) for ids in token_ids], batch_size, token_budget):
+            embeds = self._run([token_ids[index] for index in indices])[0]
+            # The copy of a batch waits for the device while the next batch is queued already.
+            if previous is not None:
+                _unpad(*previous, token_ids, results)
+            previous = (indices, embeds)
+        if previous is not None:
+            _unpad(*previous, token_ids, results)
         return results
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
@@ -150,6 +173,27 @@ def make_float16_safe(model: Any) -> Any:
             if name.endswith(".wo"):
                 module.float()
     return model
+
+
+def _packed(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, token_budget: int | None
+) -> Iterator[list[int]]:
+    """Cut captions that are sorted by length, shortest first, into calls."""
+    batch: list[int] = []
+    for index in order:
+        padded = (len(batch) + 1) * lengths[index]  # the newest is the longest
+        if batch and (len(batch) == batch_size if token_budget is None else padded > token_budget):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _unpad(indices: list[int], embeds: Tensor, token_ids: list[list[int]], results: list[Tensor]) -> None:
+    embeds = embeds.cpu()
+    for row, index in enumerate(indices):
+        results[index] = embeds[row, : len(token_ids[index])].clone()
 
 
 def _end_of_kept(encoding: Any) -> int:

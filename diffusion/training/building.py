@@ -10,8 +10,9 @@ import torch
 
 from diffusion.checkpoints import load_weights, materialize_buffers, read_weights
 from diffusion.config import TrainConfig
-from diffusion.data import build_dataset
+from diffusion.data import OriginalLayout, build_dataset
 from diffusion.errors import CheckpointError, ConfigError, DataError
+from diffusion.features import check_encoders
 from diffusion.models import KVCompression, PixArt, build_model
 from diffusion.objectives import DenoisingObjective
 from diffusion.process import IDDPM, LogitNormal
@@ -74,7 +75,8 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
     """The data set of a config; `split` replaces `data.split` (for validation).
 
     Raises:
-        DataError: missing or damaged features, or captions of another width than the network's.
+        DataError: missing or damaged features, encoders other than those of `pipeline_load_from`, or captions of
+            another width than the network's.
     """
     data = config.data.model_dump()
     if split is not None:
@@ -87,6 +89,9 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
         seed=config.seed,
         data_root=config.data_root,
     )
+    if config.pipeline_load_from is not None and not isinstance(dataset, OriginalLayout):
+        for store in dataset.feature_stores:
+            check_encoders(store.root, store.fingerprint, config.pipeline_load_from)
     channels = getattr(dataset, "caption_channels", config.caption_channels)
     if channels != config.caption_channels:
         raise DataError(

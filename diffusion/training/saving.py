@@ -10,8 +10,8 @@ import torch
 from diffusion.checkpoints.training_state import rotate
 from diffusion.config import TrainConfig
 from diffusion.errors import StorageError
+from diffusion.ranks import Ranks
 from diffusion.training import posthoc_snapshots
-from diffusion.training.distributed import Ranks
 from diffusion.training.posthoc_snapshots import drop_snapshots_after
 from diffusion.training.run_log import LOGGER
 from diffusion.training.state import RunState

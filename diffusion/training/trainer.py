@@ -19,17 +19,19 @@ from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
 from diffusion.errors import ConfigError, NumericalError
+from diffusion.files import FolderLock
 from diffusion.models import PixArt
 from diffusion.objectives import Objective
+from diffusion.ranks import Ranks
 from diffusion.training.building import build_network, build_training_data
-from diffusion.training.distributed import Ranks
+from diffusion.training.first_batch import first_batch_sheet
 from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
 from diffusion.training.saving import Saver, falls_on
 from diffusion.training.state import RunState, averaged_weights
 from diffusion.training.validation import PromptGrid, ValidationLoss
-from diffusion.training.work_dir import WorkDirLock, refuse_existing_run
+from diffusion.training.work_dir import refuse_existing_run
 
 _AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,7 +95,7 @@ class Trainer:
     def _open_work_dir(self, resume_from: str | None) -> None:
         if self.ranks.is_main:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = WorkDirLock(self.work_dir)
+            self.lock = FolderLock(self.work_dir)
             if resume_from is None:
                 refuse_existing_run(self.work_dir)
             remove_stale(self.checkpoints)
@@ -124,6 +126,7 @@ class Trainer:
             seed=config.seed,
             last=config.last_batch,
             balance=self.dataset.attribute(balance_by) if balance_by else None,
+            repeats=getattr(self.dataset, "repeats", None),
         )
 
     @property
@@ -190,6 +193,7 @@ class Trainer:
         """Train until the end of the run; the last step is always saved."""
         self._announce()
         self.metrics = self._open_metrics()
+        self._show_first_batch()
         self.validation = self._build_validation()
         saver = self._build_saver()
         if self.config.validation.at_start and self.state.step == 0:
@@ -273,6 +277,16 @@ class Trainer:
             len(self.dataset), self.global_batch, config.train_batch_size, ranks.world_size,
             config.gradient_accumulation_steps, self.sampler.steps_per_epoch, self.total_steps,
         )  # fmt: skip
+
+    def _show_first_batch(self) -> None:
+        if self.metrics is None:
+            return
+        sheet = first_batch_sheet(self.config, self.dataset, self.sampler, self.ranks.device)
+        if sheet is not None:
+            path = self.work_dir / "first_batch.png"
+            sheet.save(path)
+            self.metrics.picture(self.state.step, "first_batch", sheet)
+            LOGGER.info("step %d  first batch, decoded from its latents: %s", self.state.step, path)
 
     def _open_metrics(self) -> MetricsLog | None:
         if not self.ranks.is_main:

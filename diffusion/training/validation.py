@@ -14,8 +14,8 @@ from diffusion.config import TrainConfig
 from diffusion.data import SampleKey, collate
 from diffusion.errors import ConfigError, PromptError
 from diffusion.objectives import DenoisingObjective
+from diffusion.ranks import Ranks
 from diffusion.training.building import build_training_data
-from diffusion.training.distributed import Ranks
 
 if TYPE_CHECKING:
     from PIL.Image import Image

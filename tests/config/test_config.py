@@ -54,7 +54,14 @@ def test_contradicting_keys() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["train_scripts/train.py", "tools/extract_features.py", "scripts/inference.py", "train_scripts/train_vae.py"],
+    [
+        "train_scripts/train.py",
+        "tools/extract_features.py",
+        "tools/check_data.py",
+        "tools/feature_store.py",
+        "scripts/inference.py",
+        "train_scripts/train_vae.py",
+    ],
 )
 def test_help_needs_no_torch(script: str) -> None:
     code = (

@@ -14,8 +14,9 @@ from diffusion.data import (
     build_loader,
     collate,
 )
+from diffusion.data.mixed_stores import MixedStores
 from diffusion.errors import DataError
-from diffusion.features import FeatureRow, FeatureStoreWriter
+from diffusion.features import FeatureRow, FeatureStore, FeatureStoreWriter
 from diffusion.process import keyed_integer
 
 
@@ -123,3 +124,51 @@ def test_loader_follows_the_sampler(root: Path, num_workers: int) -> None:
     assert torch.cat([batch.sample_numbers for batch in batches]).tolist() == list(range(15))
     second_epoch = list(loader)
     assert torch.cat([batch.sample_numbers for batch in second_epoch]).tolist() == list(range(15, 30))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 128}, r"image_size \(64, now 128\).*--image-size 128"),
+        ({"aspect_ratio_type": "ASPECT_RATIO_256"}, r"multi_scale \(False, now True\).*--multi-scale"),
+        ({"model_max_length": 300}, r"max_length \(120, now 300\).*--max-length 300"),
+    ],
+)
+def test_a_store_made_for_another_config_is_refused(
+    root: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    fingerprint = {"image_size": 64, "multi_scale": False, "max_length": 120}
+    writer = FeatureStoreWriter(tmp_path / "s", fingerprint, torch.zeros(1, 8))
+    writer.add(FeatureStore(root).row(1))
+    writer.close()
+    fitting: dict[str, object] = {"image_size": 64, "aspect_ratio_type": None, "model_max_length": 120}
+    data = {"type": "Store", "root": "s"}
+    assert len(build_dataset(data, **fitting, seed=0, data_root=tmp_path)) == 1  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
+        build_dataset(data, **{**fitting, **change}, seed=0, data_root=tmp_path)  # type: ignore[arg-type]
+
+
+def test_stores_mix_with_weights(root: Path, tmp_path: Path) -> None:
+    second = FeatureStoreWriter(tmp_path / "b", {}, torch.zeros(1, 8))
+    for number in range(6):
+        row = FeatureStore(root).row(number)
+        row.key = f"b/{row.key}"
+        second.add(row)
+    second.close()
+    data = {"type": "Store", "root": str(root), "mix": {"b": 0.5}}
+    options = {"image_size": 64, "aspect_ratio_type": None, "model_max_length": 120, "seed": 0, "data_root": tmp_path}
+    mixed = build_dataset(data, **options)  # type: ignore[arg-type]
+    assert isinstance(mixed, MixedStores)
+    assert len(mixed) == 18
+    assert mixed[SampleKey(13, 5)].key == "b/1.png"
+    assert torch.equal(mixed[SampleKey(3, 5)].caption_embeds, StoreDataset(root)[SampleKey(3, 5)].caption_embeds)
+    assert len(mixed.attribute("concept")) == 18
+    sampler = AspectRatioBatchSampler(mixed.buckets, batch_size=1, repeats=mixed.repeats)
+    epochs = [sorted(index for batch in sampler.plan(epoch) for index in batch) for epoch in range(2)]
+    assert [epoch[:12] for epoch in epochs] == [list(range(12))] * 2  # the first store, once each
+    assert sorted(epochs[0][12:] + epochs[1][12:]) == list(range(12, 18))  # half of the second, then the other half
+    other = FeatureStoreWriter(tmp_path / "c", {"vae": "x"}, torch.zeros(1, 8))
+    other.add(FeatureStore(root).row(0))
+    other.close()
+    with pytest.raises(DataError, match=r"vae \('x', now None\)"):
+        build_dataset({**data, "mix": {"c": 1.0}}, **options)  # type: ignore[arg-type]

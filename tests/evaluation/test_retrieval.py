@@ -26,7 +26,6 @@ from diffusion.evaluation.drawing import (
 from diffusion.evaluation.free_prompts import FreePrompt, normalised, read_free_prompts
 from diffusion.evaluation.picture_features import colour_features, edge_features, fine_detail_energy
 from diffusion.evaluation.retrieval import Gallery, load_gallery, nearest_pictures, recall, to_pixels
-from diffusion.images import decode_image
 
 ROOT = Path(__file__).resolve().parents[2]
 EMOJI = ROOT / "data/emoji"
@@ -50,7 +49,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 
 
 def pictures(gallery: Gallery, rows: list[int]) -> list[Image.Image]:
-    return [decode_image(gallery.samples[row].path) for row in rows]
+    return [gallery.samples[row].decode() for row in rows]
 
 
 def stripes(angle_deg: float, colour: tuple[float, float, float] = (1, 1, 1)) -> torch.Tensor:

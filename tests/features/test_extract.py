@@ -51,7 +51,9 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_features_are_those_of_the_encoders(tmp_path: Path, pipeline: Path) -> None:
     source = make_source(tmp_path / "src", 7)
     counts = extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu", rows_per_shard=4)
-    assert counts == {"pictures": 7, "skipped": 0, "captions_cut": 0}
+    assert counts == {
+        "pictures": 7, "new": 7, "changed": 0, "pruned": 0, "rejected": 0, "captions_cut": 0, "enlarged": 0,
+    }  # fmt: skip
     store = FeatureStore(tmp_path / "out", verify=True)
     vae, encoder = load_vae(pipeline), CaptionEncoder.from_pretrained(pipeline)
     for number in (0, 3, 6):
@@ -96,13 +98,38 @@ def test_changed_settings_or_source_do_not_mix(tmp_path: Path, pipeline: Path) -
         extract_folder(
             source, tmp_path / "out", pipeline, ExtractionSettings(image_size=64, dtype="fp32"), device="cpu"
         )
-    with pytest.raises(DataError, match="pictures"):
+    with pytest.raises(DataError, match=r"2 rows of pictures that this command does not select.*--prune"):
         extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu", limit=2)
-    other = make_source(tmp_path / "src2", 4)
-    Image.new("RGB", (32, 32)).save(other / "images" / "002.png")
-    with pytest.raises(DataError, match="selection"):
-        extract_folder(other, tmp_path / "out", pipeline, SETTINGS, device="cpu")
     assert contents(tmp_path / "out") == before
+    counts = extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu", limit=2, prune=True)
+    assert counts["pruned"] == 2
+    assert len(FeatureStore(tmp_path / "out", verify=True)) == 2
+
+
+def test_only_what_is_new_or_has_changed_is_extracted(tmp_path: Path, pipeline: Path) -> None:
+    source = make_source(tmp_path / "src", 9)
+    extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu", limit=6, rows_per_shard=3)
+    before = FeatureStore(tmp_path / "out")
+    old = {before.row(i).key: before.row(i) for i in range(6)}
+    metadata = (source / "metadata.jsonl").read_text().splitlines()
+    edited, repainted, touched = list(old)[1], list(old)[3], list(old)[4]
+    lines = [line.replace('"red"', '"green"') if edited in line else line for line in metadata]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    Image.new("RGB", (32, 32), "blue").save(source / repainted)
+    os.utime(source / touched)
+    counts = extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu", rows_per_shard=3)
+    assert (counts["pictures"], counts["new"], counts["changed"]) == (9, 5, 2)
+    store = FeatureStore(tmp_path / "out", verify=True)
+    new = {store.row(i).key: store.row(i) for i in range(9)}
+    assert set(new) == {f"images/{number:03d}.png" for number in range(9)}
+    assert store.column("key")[:4] == [key for key in old if key not in (edited, repainted)]  # kept in their order
+    assert "green" in new[edited].captions
+    assert not torch.equal(new[repainted].latents_mean, old[repainted].latents_mean)
+    assert torch.equal(new[touched].latents_mean, old[touched].latents_mean)
+    assert extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")["new"] == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.arrow")) == sorted(
+        [shard["name"] for shard in store.manifest["shards"]] + [store.manifest["index"]["name"]]
+    )
 
 
 def test_one_bad_picture_of_many_is_skipped_counted_and_listed(tmp_path: Path, pipeline: Path) -> None:
@@ -110,22 +137,24 @@ def test_one_bad_picture_of_many_is_skipped_counted_and_listed(tmp_path: Path, p
     (source / "images" / "050.png").write_bytes(b"not a picture")
     counts = extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")
     assert counts["pictures"] == 119
-    assert counts["skipped"] == 1
-    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert counts["rejected"] == 1
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "images/050.png"
     assert "images/050.png" not in FeatureStore(tmp_path / "out").column("key")
 
 
-def test_more_than_one_percent_stops_and_stays_stopped(tmp_path: Path, pipeline: Path) -> None:
+def test_one_bad_picture_passes_two_stop_and_stay_stopped(tmp_path: Path, pipeline: Path) -> None:
     source = make_source(tmp_path / "src", 12)
     good = (source / "images" / "000.png").read_bytes()
-    (source / "images" / "000.png").write_bytes(bytes(len(good)))
+    for name in ("000.png", "001.png"):
+        (source / "images" / name).write_bytes(bytes(len(good)))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"exceed 1 %.*000\.png"):
+        with pytest.raises(DataError, match=r"2 of 12 pictures cannot be used, 1 are allowed.*--max-rejected 0\.18"):
             extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")
-    (source / "images" / "000.png").write_bytes(good)
+    for name in ("000.png", "001.png"):
+        (source / "images" / name).write_bytes(good)
     assert extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")["pictures"] == 12
-    assert (tmp_path / "out" / "skipped.jsonl").read_text() == ""
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
 def test_a_killed_extraction_continues_to_the_same_bytes(tmp_path: Path, pipeline: Path) -> None:

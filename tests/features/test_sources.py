@@ -36,7 +36,7 @@ def test_metadata_rows_in_their_order_with_all_captions_and_attributes(tmp_path:
         {**A, "text": "with\u2028separator", "split": "test"},
     ]
     first, second = read_folder(folder(tmp_path, *rows))
-    assert (first.key, first.path) == ("b/c.png", tmp_path / "b" / "c.png")
+    assert (first.key, first.picture.place) == ("b/c.png", str(tmp_path / "b" / "c.png"))
     assert first.captions == ("three", "drei & 3")
     assert first.attributes == {"split": "train", "count": "2", "nothing": ""}
     assert second.captions == ("with separator",)
@@ -102,7 +102,7 @@ def test_unlisted_picture_is_an_error_and_hidden_files_are_not(tmp_path: Path) -
     folder(tmp_path, A, C, files=("a.png", "b/c.png", ".thumbs/a.png"))
     assert len(read_folder(tmp_path)) == 2
     picture(tmp_path / "more.png")
-    with pytest.raises(DataError, match=r"1 pictures have no caption, the first 'more\.png'"):
+    with pytest.raises(DataError, match=r"picture .more\.png. has no caption"):
         read_folder(tmp_path)
 
 

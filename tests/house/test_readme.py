@@ -22,6 +22,8 @@ APPENDED: dict[str, str | None] = {
     "pip install": None,  # would change the environment that runs this test; `make install` does the same
     "python scripts/inference.py": "--step 2",
     "python scripts/infer_pixart_8_bits.py": "--step 2",
+    "python tools/check_data.py": "",
+    "python tools/extract_features.py data/data_toy": "",
     "python tools/extract_features.py": "--limit 48",
     "python train_scripts/train.py": f"--cfg-options {SMALL_TRAINING}",
     "torchrun": SMALL_TRAINING,  # ends with --cfg-options already

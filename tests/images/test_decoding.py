@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import DataError
-from diffusion.images import decode_image, decoding
+from diffusion.images import decode_image, decoding, picture_size
 
 
 def pixel(path: Path, position: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
@@ -126,3 +126,33 @@ def test_mutated_files_give_a_picture_or_a_data_error(tmp_path: Path) -> None:
             path.write_bytes(data)
             with contextlib.suppress(DataError):  # any other class is a failure
                 assert decode_image(path).mode == "RGB"
+
+
+def test_an_embedded_profile_is_converted_to_srgb(tmp_path: Path) -> None:
+    from PIL import ImageCms
+
+    # A profile whose red and blue are exchanged: seen through it, the stored red is a blue.
+    primaries = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, blue = primaries.index(b"rXYZ"), primaries.index(b"bXYZ")
+    swapped = bytearray(primaries)
+    swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    description = swapped.index("sRGB".encode("utf-16-be"))
+    swapped[description : description + 8] = "test".encode("utf-16-be")
+    for name, profile in (("swapped", bytes(swapped)), ("srgb", primaries), ("damaged", b"no profile"), ("none", None)):
+        Image.new("RGB", (2, 2), (250, 10, 10)).save(tmp_path / f"{name}.png", icc_profile=profile)
+    assert pixel(tmp_path / "none.png") == pixel(tmp_path / "srgb.png") == pixel(tmp_path / "damaged.png")
+    assert pixel(tmp_path / "none.png") == (250, 10, 10)
+    red_now, _, blue_now = pixel(tmp_path / "swapped.png")
+    assert blue_now > 200
+    assert red_now < 60
+
+
+def test_size_from_the_header_is_that_of_the_decoded_picture(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (6, 2)).save(tmp_path / "a.jpg", exif=exif)
+        image = decode_image(tmp_path / "a.jpg")
+        assert picture_size((tmp_path / "a.jpg").read_bytes(), "a.jpg") == (image.height, image.width)
+    with pytest.raises(DataError, match=r"a\.jpg: .*known format"):
+        picture_size(b"<html>", "a.jpg")

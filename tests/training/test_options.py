@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
+from PIL import Image
 
 from diffusion.config import load_config
-from diffusion.errors import ConfigError
+from diffusion.data import SampleKey
+from diffusion.errors import ConfigError, DataError
+from diffusion.images import decode_latents, labelled_grid, load_vae, to_pil
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.process import LogitNormal
+from diffusion.ranks import Ranks
 from diffusion.training import build_network, denoising_objective
 from diffusion.training.building import build_training_data
-from diffusion.training.distributed import Ranks
 from diffusion.training.optimization import build_optimizer
 from diffusion.training.validation import ValidationLoss
 from tests.training.tiny_run import curve, run, weights
@@ -142,3 +146,30 @@ def test_muon_takes_the_matrices_of_the_blocks_alone(config_file: Path) -> None:
     assert all(name.startswith("blocks.") and name.endswith(".weight") for name in muon)
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
     assert {(group["use_muon"], group["weight_decay"]) for group in groups} == {(True, 0.1), (False, 0.1), (False, 0.0)}
+
+
+def test_features_of_other_encoders_than_the_pipeline_are_refused(
+    config_file: Path, parts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(parts / "pipe", tmp_path / "other")
+    vae = load_vae(tmp_path / "other")
+    next(vae.parameters()).data.add_(1)
+    vae.save_pretrained(tmp_path / "other" / "vae")
+    assert len(build_training_data(load_config(config_file))) > 0
+    config = load_config(config_file, [f"pipeline_load_from={tmp_path / 'other'}"])
+    with pytest.raises(DataError, match=r"another vae than pipeline_load_from=.*--pretrained"):
+        build_training_data(config)
+
+
+def test_the_first_batch_is_shown_as_it_is_trained_on(config_file: Path, parts: Path, tmp_path: Path) -> None:
+    trainer = run(load_config(config_file, ["max_steps=1"]), tmp_path / "run")
+    sheet = Image.open(tmp_path / "run" / "first_batch.png")
+    vae, dataset = load_vae(parts / "pipe"), trainer.dataset
+    first = trainer.sampler.plan(0)[0]
+    pictures = []
+    for number, index in enumerate(first):
+        latents = dataset[SampleKey(index, number)].latents_mean.float()[None] * vae.config.scaling_factor
+        pictures.append(to_pil(decode_latents(vae, latents)[0]))
+    captions = [dataset.caption_of(SampleKey(index, number)) for number, index in enumerate(first)]
+    assert all(caption in dataset.store.row(dataset.rows[i]).captions for caption, i in zip(captions, first))
+    assert np.array_equal(np.asarray(sheet), np.asarray(labelled_grid(pictures, captions, columns=4)))

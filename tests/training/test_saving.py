@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.config import load_config
 from diffusion.errors import StorageError
-from diffusion.training.distributed import Ranks
+from diffusion.ranks import Ranks
 from diffusion.training.saving import Saver, falls_on
 
 

@@ -15,10 +15,10 @@ import torch
 
 from diffusion.config import load_config
 from diffusion.errors import CheckpointError, ConfigError, DataError, WorkDirLockedError
+from diffusion.files import FolderLock
 from diffusion.models import PixArt
 from diffusion.training import Reporting, Trainer, denoising_objective
 from diffusion.training.optimization import WeightAverage, lr_factor, parameter_groups, scaled_learning_rate
-from diffusion.training.work_dir import WorkDirLock
 from tests.training.tiny_run import curve, run, run_program, weights
 
 
@@ -172,7 +172,7 @@ def test_a_folder_with_a_run_is_refused(config_file: Path, tmp_path: Path) -> No
 
 def test_a_held_folder_is_refused(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    lock = WorkDirLock(tmp_path / "run")
+    lock = FolderLock(tmp_path / "run")
     with pytest.raises(WorkDirLockedError, match=str(os.getpid())) as error:
         Trainer(load_config(config_file), denoising_objective, tmp_path / "run")
     assert error.value.exit_code == 76

@@ -1,0 +1,57 @@
+"""Arguments of the extraction programs: ours, and those that the original's README shows, side by side.
+
+Nothing here imports torch, so --help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEFAULT_PRETRAINED = Path("output/pretrained_models/emoji-256")
+
+
+def extraction_parser(
+    description: str | None, *, captions: bool = True, pictures: bool = True
+) -> argparse.ArgumentParser:
+    """Arguments of a program that extracts captions, pictures or both.
+
+    Args:
+        captions, pictures: what the program writes into the original's layout.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", nargs="?", help="pictures with captions: a folder, index, tar, parquet, or hub:OWNER/NAME")
+    if captions and pictures:
+        add("--out", type=Path, help="folder of the feature store")
+    add(
+        "--pretrained", "--pretrained_models_dir", type=Path, default=DEFAULT_PRETRAINED,
+        help="diffusers pipeline folder, or the original's with t5_ckpts and sd-vae-ft-ema (default: %(default)s)",
+    )  # fmt: skip
+    add("--image-size", "--img_size", type=int, help="px (default: 256; 512 into the original's layout)")
+    add("--multi-scale", "--multi_scale", action="store_true", help="aspect-ratio buckets instead of a square")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of storage (default: %(default)s)")
+    add("--max-length", "--max_length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
+    add("--batch-size", "--batch_size", type=int, default=16, help="pictures a VAE call (default: %(default)s)")
+    add("--token-budget", type=int, default=16384, help="tokens a T5 call (default: %(default)s)")
+    add(
+        "--small", choices=("enlarge", "reject"), default="enlarge",
+        help="pictures smaller than their bucket: enlarge and count, or reject (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--max-rejected", type=float, help="largest share of unusable pictures; one is always allowed (default: 0.01)",
+    )  # fmt: skip
+    add("--limit", type=int, help="evenly spaced subset of at most this many pictures")
+    add("--split", nargs="+", help="only these splits")
+    add("--prune", action="store_true", help="drop rows from the store whose pictures are gone from the source")
+    add("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    original = parser.add_argument_group("of the original")
+    original.add_argument("--json_path", "--json_file", help="JSON list of path and prompt; the same as SOURCE")
+    original.add_argument("--dataset_root", type=Path, help="folder that the paths of a JSON list are relative to")
+    original.add_argument("--start_index", type=int, default=0, help="first picture (default: %(default)s)")
+    original.add_argument("--end_index", type=int, help="picture to stop before")
+    if captions:
+        original.add_argument("--t5_save_root", type=Path, help="folder of NAME.npz captions")
+    if pictures:
+        original.add_argument("--vae_save_root", type=Path, help="folder of NAME.npy latents")
+    return parser

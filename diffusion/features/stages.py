@@ -1,0 +1,227 @@
+"""The stages of extraction: read and decode (threads) -> T5 and VAE (one device) -> rows of a block.
+
+Stages know nothing of stores or ranks; a block of samples goes in, its rows and rejections come out. What comes out
+depends on the block alone, so a block that is made again is equal to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from diffusion.errors import DataError
+from diffusion.features.rows import FeatureRow
+from diffusion.features.sources import Rejected, Sample
+from diffusion.images import (
+    aspect_ratio_table,
+    closest_bucket,
+    decode_bytes,
+    encode_moments,
+    resize_and_crop,
+    to_unit_range,
+)
+from diffusion.text import CaptionEncoder
+
+_NO_PIXELS = np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """How pictures and captions become features.
+
+    Args:
+        image_size: px; the square side, or the bucket table's base with multi_scale.
+        multi_scale: resize to the nearest aspect-ratio bucket instead of the square.
+        dtype: storage dtype, and on a GPU the precision of the encoders.
+        max_length: tokens a caption at most.
+        batch_size: pictures a VAE call.
+        token_budget: tokens a T5 call, padding included.
+        small: what happens to pictures smaller than their bucket: enlarged and counted, or rejected.
+    """
+
+    image_size: int = 256
+    multi_scale: bool = False
+    dtype: str = "bf16"
+    max_length: int = 120
+    batch_size: int = 32
+    token_budget: int = 16384
+    small: Literal["enlarge", "reject"] = "enlarge"
+
+    def bucket_of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in px that a picture is resized and cropped to."""
+        if not self.multi_scale:
+            return self.image_size, self.image_size
+        table = aspect_ratio_table(f"ASPECT_RATIO_{self.image_size}")
+        return table[closest_bucket(height, width, table)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive samples that become one shard, and the shard's number."""
+
+    number: int
+    samples: Sequence[Sample]
+
+
+@dataclass
+class EncodedBlock:
+    """Rows in the order of the block's samples, what was rejected, and counts for the report."""
+
+    number: int
+    rows: list[FeatureRow] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    image_size: tuple[int, int]
+    bucket: tuple[int, int]
+    crop_box: tuple[float, float, float, float]
+    pixels: np.ndarray  # (H, W, 3) uint8
+    stat: str
+    content_hash: str
+
+    @property
+    def enlarged(self) -> bool:
+        left, top, right, bottom = self.crop_box
+        return bottom - top < self.bucket[0] - 0.5 or right - left < self.bucket[1] - 0.5
+
+
+def decode_sample(sample: Sample, settings: ExtractionSettings) -> _Decoded | Rejected:
+    """Bytes -> upright sRGB -> bucket -> cover and centre crop; a reason when the picture cannot be used."""
+    stat = sample.picture.stat()
+    try:
+        data = sample.picture.read()
+        image = decode_bytes(data, sample.picture.place)
+        bucket = settings.bucket_of(image.height, image.width)
+        cropped, box = resize_and_crop(image, bucket)
+    except (DataError, MemoryError) as error:
+        return Rejected(sample.key, str(error) or f"{sample.picture.place}: out of memory", stat)
+    size = (image.height, image.width)
+    decoded = _Decoded(size, bucket, box, np.asarray(cropped), stat, xxhash.xxh3_128_hexdigest(data))
+    if settings.small == "reject" and decoded.enlarged:
+        reason = f"{sample.picture.place}: {size[1]}x{size[0]} px is smaller than its bucket {bucket[1]}x{bucket[0]}"
+        return Rejected(sample.key, f"{reason}; --small enlarge takes it", stat)
+    return decoded
+
+
+def encode_blocks(
+    blocks: Iterable[Block], settings: ExtractionSettings, encoder: CaptionEncoder | None, vae: Any | None
+) -> Iterator[EncodedBlock]:
+    """Encode blocks one after the other, while threads decode the pictures of the next ones.
+
+    Args:
+        encoder: None leaves the captions out; vae: None leaves the pictures out, which are then not read.
+    """
+    blocks = list(blocks)
+    samples = [sample for block in blocks for sample in block.samples]
+    # Pillow releases the interpreter while it decodes and resizes.
+    with ThreadPoolExecutor(max_workers=max(4, min(32, os.cpu_count() or 4))) as pool:
+        decoded = _ahead(pool, samples, settings) if vae is not None else iter(())
+        for block in blocks:
+            yield _encode_block(block, settings, encoder, vae, decoded)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, samples: Sequence[Sample], settings: ExtractionSettings
+) -> Iterator[_Decoded | Rejected]:
+    """`decode_sample` of all samples in order, at most four batches ahead of the consumer."""
+    waiting: deque[Future[_Decoded | Rejected]] = deque()
+    for sample in samples:
+        waiting.append(pool.submit(decode_sample, sample, settings))
+        if len(waiting) > max(16, 4 * settings.batch_size):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _encode_block(
+    block: Block,
+    settings: ExtractionSettings,
+    encoder: CaptionEncoder | None,
+    vae: Any | None,
+    decoded: Iterator[_Decoded | Rejected],
+) -> EncodedBlock:
+    result = EncodedBlock(block.number)
+    samples = block.samples
+    moments: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, _Decoded] = {}
+    if vae is not None:
+        # A generator is drawn from one block at a time: the block's own pictures.
+        for index, item in _batched(zip(range(len(samples)), decoded), settings.batch_size, vae, moments):
+            if isinstance(item, Rejected):
+                result.rejected.append(item)
+            else:
+                found[index] = replace(item, pixels=_NO_PIXELS)  # encoded or waiting in a batch: free it here
+        kept = [index for index in range(len(samples)) if index in found]
+    else:
+        kept = list(range(len(samples)))
+    embeds: Iterator[Tensor] = iter(())
+    if encoder is not None:
+        before = encoder.num_truncated
+        texts = [caption for index in kept for caption in samples[index].captions]
+        embeds = iter(encoder.encode_unpadded(texts, token_budget=settings.token_budget))
+        result.counts["captions_cut"] = encoder.num_truncated - before
+    for index in kept:
+        captions = [next(embeds) for _ in samples[index].captions] if encoder is not None else []
+        result.rows.append(_row(samples[index], found.get(index), moments.get(index), captions))
+    result.counts["enlarged"] = sum(item.enlarged for item in found.values())
+    return result
+
+
+def _batched(
+    items: Iterable[tuple[int, _Decoded | Rejected]], size: int, vae: Any, moments: dict[int, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[int, _Decoded | Rejected]]:
+    """Pass items on; fill `moments` of the decoded ones, in batches of one bucket."""
+    pending: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+
+    def flush(bucket: tuple[int, int]) -> None:
+        batch = pending.pop(bucket)
+        pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))  # (B, H, W, 3) uint8
+        mean, std = encode_moments(vae, to_unit_range(pixels.to(vae.device, non_blocking=True)))
+        mean, std = mean.cpu(), std.cpu()
+        moments.update({index: (mean[row], std[row]) for row, (index, _) in enumerate(batch)})
+
+    for index, item in items:
+        if isinstance(item, _Decoded):
+            pending.setdefault(item.bucket, []).append((index, item.pixels))
+            if len(pending[item.bucket]) == size:
+                flush(item.bucket)
+            elif sum(map(len, pending.values())) >= 4 * size:
+                # Many buckets at once: bounded memory matters more than a full batch.
+                flush(max(pending, key=lambda bucket: (len(pending[bucket]), bucket)))
+        yield index, item
+    for bucket in sorted(pending):
+        flush(bucket)
+
+
+def _row(
+    sample: Sample, decoded: _Decoded | None, moments: tuple[Tensor, Tensor] | None, captions: list[Tensor]
+) -> FeatureRow:
+    nothing = torch.empty(0)
+    mean, std = moments if moments is not None else (nothing, nothing)
+    return FeatureRow(
+        key=sample.key,
+        image_size=decoded.image_size if decoded else (0, 0),
+        bucket=decoded.bucket if decoded else (0, 0),
+        crop_box=decoded.crop_box if decoded else (0, 0, 0, 0),
+        latents_mean=mean,
+        latents_std=std,
+        captions=list(sample.captions),
+        caption_embeds=captions,
+        attributes=dict(sample.attributes),
+        caption_weights=list(sample.weights),
+        source_stat=decoded.stat if decoded else "",
+        source_hash=decoded.content_hash if decoded else "",
+        record_hash=sample.record_hash(),
+    )

@@ -1,0 +1,60 @@
+"""Look at pictures and captions before they are extracted: what is there, what is wrong, what it will cost.
+
+    python tools/check_data.py data/emoji
+    python tools/check_data.py photos --image-size 512 --multi-scale --sheet photos.png --json photos.json
+
+Ends with exit code 2 when a picture or caption cannot be used; each is named with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffusion.config.extraction_cli import DEFAULT_PRETRAINED
+from diffusion.errors import EXIT_USER_ERROR, run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="pictures with captions; see tools/extract_features.py")
+    parser.add_argument("--dataset_root", type=Path, help="folder that the paths of a JSON list are relative to")
+    parser.add_argument("--split", nargs="+", help="only these splits")
+    parser.add_argument("--image-size", type=int, default=256, help="px (default: %(default)s)")
+    parser.add_argument("--multi-scale", action="store_true", help="aspect-ratio buckets instead of a square")
+    parser.add_argument("--max-length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
+    parser.add_argument(
+        "--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens and disk use (default: %(default)s)"
+    )
+    parser.add_argument("--decode", type=int, default=512, help="pictures to decode completely (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="read every header and decode every picture")
+    parser.add_argument("--measure", action="store_true", help="time the encoders on a few pictures")
+    parser.add_argument("--device", default="auto", help="for --measure (default: %(default)s)")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 24 pictures, cropped as in training")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+
+    from diffusion.features.report import check_source, contact_sheet
+    from diffusion.features.sources import open_source
+    from diffusion.features.stages import ExtractionSettings
+
+    source = open_source(args.source, args.split, dataset_root=args.dataset_root)
+    settings = ExtractionSettings(args.image_size, args.multi_scale, max_length=args.max_length)
+    counts = {"headers": source.total, "decode": source.total} if args.all else {"decode": args.decode}
+    report = check_source(source, settings, args.pretrained, measure=args.measure, device=args.device, **counts)
+    print("\n".join(report.lines()))
+    for path in (args.sheet, args.json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.json is not None:
+        args.json.write_text(report.to_json(), encoding="utf-8")
+    if args.sheet is not None and (sheet := contact_sheet(source.samples, settings)) is not None:
+        sheet.save(args.sheet)
+        print(f"sheet        {args.sheet}")
+    if report.rejected:
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    run_cli(main)
