@@ -1,4 +1,4 @@
-"""Pictures: decoding, aspect-ratio buckets, transforms, the VAE, labelled grids."""
+"""Pictures: decoding, aspect-ratio buckets, transforms, edges, the VAE, labelled grids."""
 
 from diffusion.images.buckets import (
     ASPECT_RATIO_256,
@@ -15,6 +15,7 @@ from diffusion.images.buckets import (
     closest_bucket,
 )
 from diffusion.images.decoding import IMAGE_SUFFIXES, decode_image
+from diffusion.images.edges import detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor
 from diffusion.images.vae import decode_latents, encode_moments, load_vae, vae_folder
@@ -36,6 +37,7 @@ __all__ = [
     "crop_box_for",
     "decode_image",
     "decode_latents",
+    "detect_edges",
     "encode_moments",
     "labelled_grid",
     "load_vae",
