@@ -8,13 +8,13 @@ from diffusion.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """A usable device by name; "auto" is cuda where there is one, else cpu.
+    """A usable device by name; "auto" is cuda where there is one, else Apple's GPU (mps), else cpu.
 
     Raises:
         ConfigError: this machine has no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

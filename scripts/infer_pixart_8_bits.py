@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="cat.png", help="the picture; an existing file is kept (default cat.png)")
     add("--step", type=int, default=20, help="steps of DPM-Solver++ (default 20)")
     add("--seed", type=int, default=0, help="(default 0)")
-    add("--device", default="auto", help="cpu, cuda, ...; auto = cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
     return parser
 
 

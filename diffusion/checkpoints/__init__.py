@@ -2,6 +2,7 @@
 
 from diffusion.checkpoints.files import find_transformer_folder
 from diffusion.checkpoints.folders import new_folder
+from diffusion.checkpoints.hed import load_hed
 from diffusion.checkpoints.keys import (
     config_from_diffusers,
     config_to_diffusers,
@@ -38,6 +39,7 @@ __all__ = [
     "diffusers_to_native",
     "find_transformer_folder",
     "load_controlnet",
+    "load_hed",
     "load_transformer",
     "load_weights",
     "materialize_buffers",

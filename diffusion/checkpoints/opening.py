@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +80,48 @@ class Checkpoint:
         return self._build().to(device=device, dtype=dtype).eval()
 
     def build_control(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        base: PixArt | None = None,
     ) -> ControlPixArt:
         """The ControlNet with its base model, in eval mode.
 
+        Args:
+            base: this network, which is frozen, in place of the base in the file.
         Raises:
-            CheckpointError: the file is a plain transformer.
+            CheckpointError: the file is a plain transformer, or `base` is another kind of model than the file's.
         """
         if not self.control:
             raise CheckpointError(f"{self.source} is a transformer without control blocks; give a ControlNet file")
-        with torch.device("meta"):
-            model = ControlPixArt(PixArt(**vars(self.found.config)), self.found.control_blocks)
+        if base is not None:
+            self._require_kind(base.config)
+        try:
+            with torch.device("meta"):
+                model = ControlPixArt(PixArt(**vars(self.found.config)), self.found.control_blocks)
+        except ValueError as error:
+            raise CheckpointError(f"{self.source} is no ControlNet of its base: {error}") from error
         model.controlnet.load_state_dict(
             {key.removeprefix(_CONTROL): tensor for key, tensor in self.control.items()}, assign=True
         )
-        model.base_model = self._build()
+        model.base_model = self._build() if base is None else base
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    def _require_kind(self, given: PixArtConfig) -> None:
+        """Refuse a base that this ControlNet was not made for; null caption and training options do not matter."""
+        wanted = self.found.config
+        other = [
+            f"{field.name}={getattr(given, field.name)} instead of {getattr(wanted, field.name)}"
+            for field in fields(PixArtConfig)
+            if field.name not in ("model_max_length", "drop_path")
+            and getattr(given, field.name) != getattr(wanted, field.name)
+        ]
+        if other:
+            raise CheckpointError(
+                f"{self.source} is the ControlNet of another kind of model: the base given has {', '.join(other)}; "
+                f"give the {self.found.image_size} px model that it was trained on, or the ControlNet file alone"
+            )
 
     def _build(self) -> PixArt:
         with torch.device("meta"):
@@ -188,6 +214,7 @@ def load_transformer(
 
 def load_controlnet(
     path: str | Path,
+    base: PixArt | None = None,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
@@ -195,10 +222,15 @@ def load_controlnet(
 ) -> ControlPixArt:
     """A ControlNet with its base model, in eval mode, from a published file or one of its kind.
 
+    Args:
+        base: steer this network, which is frozen, in place of the base in the file; its device and dtype then count.
     Raises:
-        CheckpointError: see `open_checkpoint`; or the file is a plain transformer.
+        CheckpointError: see `open_checkpoint`; the file is a plain transformer; or `base` is of another kind.
     """
-    return open_checkpoint(path, **options).build_control(device, dtype)
+    if base is None:
+        return open_checkpoint(path, **options).build_control(device, dtype)
+    checkpoint = open_checkpoint(path, **{"num_heads": base.config.num_heads, **options})
+    return checkpoint.build_control(base.device, base.dtype, base=base)
 
 
 def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConfig, dict[str, Tensor]]:

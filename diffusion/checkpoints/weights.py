@@ -34,7 +34,7 @@ def load_weights(
 
 
 def require_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-    """Compare names and shapes with those of a PixArt, which may lie on the meta device.
+    """Compare names and shapes with those of a network, which may lie on the meta device.
 
     Raises:
         CheckpointError: every missing, unexpected and differently shaped weight, in one line.

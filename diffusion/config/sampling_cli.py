@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 BUNDLED = "output/pretrained_models/emoji-256"
+HED = "output/pretrained_models/ControlNetHED.pth"
 MEMORY_HELP = (
     "auto, full, 8gb (T5 in int8) or 4gb (T5 streamed, VAE in tiles): what is on the card when; auto looks at its "
     "free memory"
@@ -24,6 +25,7 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.A
     _add_model(parser)
     _add_prompts(parser)
     _add_picture(parser)
+    _add_control(parser)
     add = parser.add_argument
     if lcm:
         add("--sample_steps", type=int, default=4, help="solver steps, 1 to 50; distilled models need 4 to 8")
@@ -53,7 +55,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--ema", action="store_true", help="use the averaged weights of a checkpoint")
     add("--memory", default="auto", help=MEMORY_HELP)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of T5 and transformer")
-    add("--device", default="auto", help="cpu, cuda, ...; auto = cuda where there is one")
+    add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -75,3 +77,11 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
     add("--image", help="a picture to begin from")
     add("--mask", help="a picture, white where --image is repainted; the rest keeps its pixels")
     add("--strength", type=float, help="0..1, share of the steps that repaint --image; when absent 0.6, with --mask 1")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--control_image", help="a picture whose edges are followed; edges already, white on black, unless --hed")
+    add("--controlnet", help="ControlNet file for the model; not needed where --model_path is a ControlNet file")
+    add("--condition_strength", type=float, help="how closely, 0 = not at all; when absent 1, as trained")
+    add("--hed", nargs="?", const=HED, metavar="FILE", help=f"find the edges with HED, by its weights; no FILE = {HED}")

@@ -1,4 +1,4 @@
-"""Pictures: decoding, aspect-ratio buckets, transforms, the VAE, labelled grids."""
+"""Pictures: decoding, aspect-ratio buckets, transforms, edges, the VAE, labelled grids."""
 
 from diffusion.images.buckets import (
     ASPECT_RATIO_256,
@@ -22,6 +22,7 @@ from diffusion.images.decoding import (
     picture_size,
     read_picture,
 )
+from diffusion.images.edges import detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
 from diffusion.images.vae import decode_latents, encode_moments, load_vae, vae_folder
@@ -45,6 +46,7 @@ __all__ = [
     "decode_bytes",
     "decode_image",
     "decode_latents",
+    "detect_edges",
     "encode_moments",
     "labelled_grid",
     "load_vae",

@@ -142,7 +142,7 @@ def sample_to_folder(
         if value < 1:
             raise PromptError(f"{name} {value} must be at least 1")
     folder, settings = Path(folder), dict(settings or {})
-    facts = _facts(pipeline, model)
+    facts = _facts(pipeline, model, controlled=settings.get("control_image") is not None)
     jobs = [
         _job(pipeline, folder, number, prompt, seed + number, settings, facts)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
@@ -178,10 +178,16 @@ class _Job:
     recipe: dict[str, Any]
 
 
-def _facts(pipeline: PixArtPipeline, model: str) -> dict[str, Any]:
+def _facts(pipeline: PixArtPipeline, model: str, *, controlled: bool) -> dict[str, Any]:
     """What all recipes of a call say beside the request."""
     plan = pipeline.memory_plan
+    steering: dict[str, str] = {}
+    if controlled and pipeline.controlnet is not None:
+        steering["controlnet_fingerprint"] = model_fingerprint(pipeline.controlnet.controlnet)  # its base is the model
+    if controlled and pipeline.edge_detector is not None:
+        steering["edge_detector_fingerprint"] = model_fingerprint(pipeline.edge_detector)
     return {
+        **steering,
         "model": model,
         "model_fingerprint": model_fingerprint(pipeline.transformer),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
@@ -261,7 +267,7 @@ def _written(path: Path, wanted: Mapping[str, Any]) -> Path | None:
             recipe = read_recipe(candidate)
         except DataError:
             continue
-        if all(recipe.get(key) == value for key, value in wanted.items()):
+        if recipe == wanted:  # the whole: what only the other call asked for has changed that picture
             return candidate
     return None
 

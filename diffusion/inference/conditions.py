@@ -19,12 +19,14 @@ _logger = logging.getLogger(__name__)
 class Conditions:
     """embeds (B, L, C), mask (B, L) True = keep, and keyword arguments with the sizes of a micro-conditioned model.
 
+    control: (B, C, h, w) scaled latents that a ControlNet follows, or None.
     With guidance all have 2B rows, the unconditional half first.
     """
 
     embeds: Tensor
     mask: Tensor
     sizes: dict[str, Tensor] = field(default_factory=dict)
+    control: Tensor | None = None
 
 
 def prepare_prompt(text: str, *, clean: bool = False) -> str:

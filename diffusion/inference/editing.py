@@ -68,13 +68,20 @@ def make_source(
     Raises:
         PromptError: another number of pictures, something that is no picture, or a tensor of another size.
     """
-    pixels = torch.stack([_pixels(picture, size) for picture in _one_each(image, count, "image")]).to(device)
-    latents = torch.cat([encode_moments(vae, picture[None], device)[0] for picture in pixels])
+    pictures = _one_each(image, count, "image")
+    pixels = torch.stack([picture_pixels(picture, size, "image") for picture in pictures]).to(device)
     keep = None
     if mask_image is not None:
         masks = [_keep_mask(mask, size) for mask in _one_each(mask_image, count, "mask_image")]
         keep = torch.stack(masks).to(device)
-    return Source(pixels, latents * vae.config.scaling_factor, keep)
+    return Source(pixels, encode_pixels(vae, pixels, device), keep)
+
+
+def encode_pixels(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> the posterior's mean, scaled, (B, C, h, w) float32; a picture at a time."""
+    latents = torch.cat([encode_moments(vae, picture[None], device)[0] for picture in pixels])
+    scaled: Tensor = latents * vae.config.scaling_factor
+    return scaled
 
 
 def fingerprint(image: Any) -> str:
@@ -91,19 +98,30 @@ def fingerprint(image: Any) -> str:
     return digest.hexdigest()
 
 
-def _one_each(image: Any, count: int, name: str) -> Sequence[Any]:
+def pictures_for(image: Any, count: int, name: str) -> list[Any]:
+    """The pictures of an argument: one for all `count` that are drawn, or one each. Raises PromptError for others."""
     if isinstance(image, Tensor) and image.ndim == 4:
         image = list(image)
     pictures = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(pictures) not in (1, count):
         raise PromptError(f"{name} has {len(pictures)} pictures for {count} that are drawn; give one, or one each")
+    return pictures
+
+
+def _one_each(image: Any, count: int, name: str) -> Sequence[Any]:
+    pictures = pictures_for(image, count, name)
     return pictures * count if len(pictures) == 1 else pictures
 
 
-def _pixels(picture: Any, size: tuple[int, int]) -> Tensor:
+def picture_pixels(picture: Any, size: tuple[int, int], name: str) -> Tensor:
+    """(3, H, W) in [-1, 1]: a PIL picture scaled to cover `size` and cut, or a tensor of that size as it is.
+
+    Raises:
+        PromptError: something else; `name` is the argument's.
+    """
     if isinstance(picture, Image.Image):
         return to_tensor(resize_and_crop(picture.convert("RGB"), size)[0])
-    return _checked(picture, (3, *size), "image").float()
+    return _checked(picture, (3, *size), name).float()
 
 
 def _keep_mask(mask: Any, size: tuple[int, int]) -> Tensor:

@@ -46,7 +46,7 @@ class MemoryPlan:
 
 
 PLANS = {
-    "full": MemoryPlan("full", "whole", frozenset({"transformer", "vae"}), None),
+    "full": MemoryPlan("full", "whole", frozenset({"transformer", "vae", "edge_detector"}), None),
     "8gb": MemoryPlan("8gb", "int8", frozenset(), None),
     # On the bundled VAE a mosaic of 1024 px in tiles of 512 px is 38 dB from the whole, in tiles of 768 px 40 dB.
     "4gb": MemoryPlan("4gb", "streamed", frozenset(), 768),
@@ -66,36 +66,51 @@ class Workload:
 
 
 def expected_peak(plan: MemoryPlan, parts: Any, work: Workload, *, tokens: int, device: torch.device) -> dict[str, int]:
-    """Bytes of device memory at the peak of each stage: "text", "network", "decoding".
+    """Bytes of device memory at the peak of each stage: "text", "network", "decoding"; with an edge detector "edges".
 
     Weights are counted; activations follow the sizes, with factors counted on XL/2, T5-XXL and the VAE of SD.
 
     Args:
-        parts: has text_encoder (or None), transformer and vae.
+        parts: has text_encoder (or None), transformer and vae; may have controlnet and edge_detector.
         tokens: most tokens a caption has.
     """
     context = CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
     network, vae = parts.transformer, parts.vae
-    network_bytes, vae_bytes = _num_bytes(network), _num_bytes(vae)
+    controlnet, detector = getattr(parts, "controlnet", None), getattr(parts, "edge_detector", None)
+    network_bytes, vae_bytes = _num_bytes(network if controlnet is None else controlnet), _num_bytes(vae)
     text = _text_peak(plan, parts.text_encoder, tokens, min(work.num_captions, ENCODE_BATCH))
     channels = vae.config.block_out_channels
     pixels_per_latent = 4 ** (len(channels) - 1)
     rows = work.pictures * (2 if work.guided else 1)
     image_tokens = work.height * work.width // pixels_per_latent // network.config.patch_size**2
-    # Tokens, their norm, q, k, v, the hidden layer of the MLP twice: 12.3 x (rows, N, D) were counted.
-    activations = int(12.3 * rows * image_tokens * network.config.hidden_size) * network.dtype.itemsize
+    # Tokens, their norm, q, k, v, the hidden layer of the MLP twice: 12.3 x (rows, N, D) were counted; two more while
+    # a control block computes and the base's tokens wait.
+    factor = 12.3 if controlnet is None else 14.3
+    activations = int(factor * rows * image_tokens * network.config.hidden_size) * network.dtype.itemsize
     pixels = work.height * work.width
     picture = pixels * 3 * 4 * work.pictures
     if plan.tile_px is not None:
         pixels = min(pixels, plan.tile_px**2)
     widest = max(2 * channels[0], channels[min(1, len(channels) - 1)])
     decoding = 3 * pixels * widest * vae.dtype.itemsize + picture
-    beside = {"transformer", "vae"} <= plan.together
-    return {
+    weights = {"transformer": network_bytes, "vae": vae_bytes}
+    if detector is not None:
+        weights["edge_detector"] = _num_bytes(detector)
+
+    def present(name: str) -> int:
+        """Weights on the device while a part computes."""
+        return sum(size for other, size in weights.items() if other == name or {name, other} <= plan.together)
+
+    peaks = {
         "text": context + text,
-        "network": context + network_bytes + activations + (vae_bytes if beside else 0),
-        "decoding": context + vae_bytes + decoding + (network_bytes if beside else 0),
+        "network": context + present("transformer") + activations,
+        "decoding": context + present("vae") + decoding,
     }
+    if detector is not None:
+        # A picture at a time: three states of its full size with 64 channels; 3.06 were counted.
+        states = int(3.1 * work.height * work.width * 64) * detector.dtype.itemsize
+        peaks["edges"] = context + present("edge_detector") + states
+    return peaks
 
 
 def choose_plan(name: str, peak: Callable[[MemoryPlan], int], device: torch.device) -> MemoryPlan:
@@ -143,7 +158,7 @@ class Residency:
     """Brings the parts of a pipeline to the device when they are needed, and sends others away before."""
 
     def __init__(self, plan: MemoryPlan, device: torch.device, parts: dict[str, Any]) -> None:
-        """`parts`: text_encoder, transformer and vae, on the CPU; those that are None stay away."""
+        """`parts`: text_encoder, transformer, vae and others, on the CPU; those that are None stay away."""
         self.plan, self.device = plan, device
         self._visitors: dict[str, WholeVisitor | StreamingVisitor] = {}
         self._present: set[str] = set()

@@ -14,10 +14,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from diffusion.checkpoints import load_transformer
 from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import load_vae
 from diffusion.inference.conditions import prepare_prompt, shortened
+from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
 from diffusion.inference.folders import load_scheduler, pipeline_folder, save_pipeline
 from diffusion.inference.memory import (
@@ -29,7 +29,7 @@ from diffusion.inference.memory import (
     expected_peak,
     tile_vae,
 )
-from diffusion.models import PixArt, pad_captions
+from diffusion.models import HED, ControlPixArt, PixArt, pad_captions
 from diffusion.text import CaptionEncoder, make_float16_safe
 
 if TYPE_CHECKING:
@@ -41,24 +41,47 @@ _logger = logging.getLogger(__name__)
 class PipelineParts(DiffusionPipeline):
     """Tokenizer, T5, VAE, native network and scheduler as a pipeline of diffusers, without the drawing.
 
+    `controlnet` (or None) is a `ControlPixArt` around `transformer`, and shares its weights; `edge_detector` (or None)
+    makes condition pictures of photographs.
+
     `null_caption` and `clean_captions` are what calls do that do not say: "t5_empty" and False, the conventions of
     diffusers folders and of models trained here; "stored" and True are those of native official files.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    _optional_components = ["controlnet", "edge_detector"]  # noqa: RUF012 (diffusers reads this name)
     tokenizer: Any
     text_encoder: Any
     vae: Any
     transformer: Any
     scheduler: Any
+    controlnet: ControlPixArt | None
+    edge_detector: HED | None
     null_caption = "t5_empty"
     clean_captions = False
     _residency: Residency | None = None
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        transformer: Any,
+        scheduler: Any,
+        controlnet: ControlPixArt | None = None,
+        edge_detector: HED | None = None,
+    ) -> None:
         super().__init__()
+        if controlnet is not None and controlnet.base_model is not transformer:
+            raise ValueError("controlnet must be built around transformer; see load_controlnet(path, transformer)")
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+            controlnet=controlnet,
+            edge_detector=edge_detector,
         )
 
     @classmethod
@@ -66,7 +89,9 @@ class PipelineParts(DiffusionPipeline):
         cls,
         folder: str | Path,
         *,
-        transformer: str | Path | PixArt | None = None,
+        transformer: str | Path | PixArt | ControlPixArt | None = None,
+        controlnet: str | Path | None = None,
+        edge_detector: str | Path | HED | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         ema: bool = False,
@@ -80,30 +105,33 @@ class PipelineParts(DiffusionPipeline):
         Args:
             folder: tokenizer, text_encoder, vae, scheduler, and transformer unless given; see `pipeline_folder`.
             transformer: another transformer folder, a `checkpoint-N` of a run, or a network; ema: its averaged weights.
+                A ControlNet (file) brings its own base.
+            controlnet: a ControlNet file for the transformer. edge_detector: `ControlNetHED.pth`, or the network; with
+                it `control_image` is any picture, without it a picture of edges.
             text_encoder, vae: other folders, or hub names, of T5 with its tokenizer and of the VAE.
             algorithm: solver name (see `make_scheduler`); None = the folder's scheduler.
             torch_dtype: of text encoder and transformer. vae_dtype: of the VAE; float16 overflows in many of them.
         Raises:
             CheckpointError: something is missing or damaged. PromptError: unknown algorithm.
         """
+        detector = load_edge_detector(edge_detector, device)
         folder = pipeline_folder(folder)
         text_folder = folder if text_encoder is None else pipeline_folder(text_encoder)
         encoder = CaptionEncoder.from_pretrained(text_folder, device=device, dtype=torch_dtype)
         scheduler = load_scheduler(folder, algorithm)
         autoencoder = load_vae(folder if vae is None else pipeline_folder(vae), device=device, dtype=vae_dtype)
-        if isinstance(transformer, PixArt):
-            network = transformer.to(device=device, dtype=torch_dtype).eval()
-        else:
-            network = load_transformer(
-                folder if transformer is None else transformer, ema=ema, device=device, dtype=torch_dtype
-            )
-        _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", f"{transformer or folder}")
-        return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler)
+        source = folder if transformer is None else transformer
+        network, control = load_networks(source, controlnet, ema=ema, device=device, dtype=torch_dtype)
+        weights = str(source) if isinstance(source, (str, Path)) else "the transformer"
+        _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", weights)
+        return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler, control, detector)
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | Path, dtype: torch.dtype | None = None
     ) -> None:
-        """Write a new folder that stock diffusers opens; see `save_pipeline`."""
+        """Write a new folder that stock diffusers opens; see `save_pipeline`. A ControlNet stays in its own file."""
+        if self.controlnet is not None:
+            _logger.warning("the ControlNet is not written: diffusers has none for PixArt; keep its file")
         save_pipeline(self, folder, dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -138,7 +166,12 @@ class PipelineParts(DiffusionPipeline):
         place = torch.device(device)
         plan = choose_plan(name, lambda plan: max(self.expected_peak(plan, place, work).values()), place)
         tile_vae(self.vae, plan)
-        parts = {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}
+        parts = {
+            "text_encoder": self.text_encoder,
+            "transformer": self.transformer if self.controlnet is None else self.controlnet,  # which holds it
+            "vae": self.vae,
+            "edge_detector": self.edge_detector,
+        }
         self._residency = Residency(plan, place, parts)
         return plan
 

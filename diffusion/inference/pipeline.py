@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from diffusion.errors import PromptError
 from diffusion.images import crop_box_for, decode_latents, resize_and_crop, to_pil
 from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
+from diffusion.inference.control import condition_pixels
 from diffusion.inference.denoising import Start, denoise, guide, initial_noise, picture_generators, require_finite
-from diffusion.inference.editing import Source, fingerprint, make_source
+from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
 from diffusion.inference.parts import PipelineParts
 from diffusion.inference.requests import ModelFacts, SamplingRequest
 from diffusion.inference.sizes import warn_of_untrained_area
@@ -78,6 +80,8 @@ class PixArtPipeline(PipelineParts):
         image: Any = None,
         mask_image: Any = None,
         strength: float = 1.0,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -103,6 +107,9 @@ class PixArtPipeline(PipelineParts):
             image: begin from a picture (PIL or tensor, one or one each); strength: share of the steps that repaint it,
                 0 = the VAE's round trip, 1 = noise alone.
             mask_image: white is repainted, black keeps the pixels of `image` bit for bit.
+            control_image: condition of the ControlNet (PIL or tensor, one or one each): edges, white on black, or with
+                an edge detector any picture; None = the base alone. controlnet_conditioning_scale: factor of all that
+                the ControlNet adds, in both passes of guidance; 1 as trained, 0 = exactly the base.
             output_type: "pil", "pt", "np" or "latent"; see `PixArtOutput`. return_dict: False = the tuple (images,).
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) after each step; latents of
                 the dict it returns replace the current ones.
@@ -140,10 +147,11 @@ class PixArtPipeline(PipelineParts):
             channels=config.in_channels,
             null_caption=self.null_caption,
             clean_caption=self.clean_captions,
+            has_controlnet=self.controlnet is not None,
         )
 
     def _conditions(self, request: SamplingRequest, max_length: int | None) -> Conditions:
-        """Captions repeated for every picture, under guidance with the null captions before them, and sizes."""
+        """Captions for every picture, under guidance with the null captions before them; sizes; a ControlNet's part."""
         device = self.execution_device
 
         def per_picture(rows: Tensor) -> Tensor:
@@ -171,7 +179,7 @@ class PixArtPipeline(PipelineParts):
                 null_embeds, null_mask = per_picture(null_embeds), per_picture(null_mask)
             embeds, mask = with_null_caption(embeds, mask, null_embeds, null_mask)
         sizes = size_conditions(self.transformer, len(embeds), *request.drawn_size, device)
-        return Conditions(embeds, mask, sizes)
+        return Conditions(embeds, mask, sizes, self._control(request))
 
     def _source(self, request: SamplingRequest) -> Source | None:
         if request.image is None:
@@ -185,6 +193,22 @@ class PixArtPipeline(PipelineParts):
             size=request.drawn_size,
             device=self.execution_device,
         )
+
+    def _control(self, request: SamplingRequest) -> Tensor | None:
+        """Latents (B or with guidance 2B, C, h, w) that the ControlNet follows; None = the base alone."""
+        if not request.controlled:
+            return None
+        self._bring("edge_detector")
+        pixels = condition_pixels(
+            request.control_image,
+            self.edge_detector,
+            count=request.count,
+            size=request.drawn_size,
+            device=self.execution_device,
+        )
+        self._bring("vae")
+        latents = encode_pixels(self.vae, pixels, self.execution_device).expand(request.count, -1, -1, -1)
+        return torch.cat([latents, latents]) if request.guided else latents  # guidance is towards the text alone
 
     def _noise(self, request: SamplingRequest, generators: list[torch.Generator], given: Tensor | None) -> Tensor:
         """(B, C, h, w) float32, drawn picture by picture unless given."""
@@ -206,8 +230,8 @@ class PixArtPipeline(PipelineParts):
         callback: StepCallback | None,
     ) -> Tensor:
         """Noise to latents (B, C, h, w), float32 whatever the network's dtype."""
-        network, keep_variance = self.transformer, takes_variance(self.scheduler)
-        channels, steps = network.config.in_channels, request.num_inference_steps
+        network, keep_variance = self._network(request, conditions.control), takes_variance(self.scheduler)
+        channels, steps = self.transformer.config.in_channels, request.num_inference_steps
         if request.first_step < steps:
             self._bring("transformer")
 
@@ -249,6 +273,14 @@ class PixArtPipeline(PipelineParts):
                 stop=lambda: self._interrupt,
             )
 
+    def _network(self, request: SamplingRequest, control: Tensor | None) -> Callable[..., Tensor]:
+        """The base, or the ControlNet around it with its condition."""
+        if control is None:
+            return self.transformer  # type: ignore[no-any-return]
+        assert self.controlnet is not None  # the request has checked it
+        scale = request.controlnet_conditioning_scale
+        return partial(self.controlnet, control_latents=control, condition_strength=scale)
+
     def _decode(
         self, request: SamplingRequest, latents: Tensor, generators: list[torch.Generator], source: Source | None
     ) -> Any:
@@ -281,7 +313,7 @@ _REQUEST_FIELDS = tuple(field.name for field in fields(SamplingRequest) if field
 
 
 def _fingerprints(request: SamplingRequest) -> dict[str, str]:
-    pictures = {"image": request.image, "mask_image": request.mask_image}
+    pictures = {name: getattr(request, name) for name in ("image", "mask_image", "control_image")}
     return {name: fingerprint(picture) for name, picture in pictures.items() if picture is not None}
 
 

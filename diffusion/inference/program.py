@@ -75,8 +75,10 @@ def show_notices() -> None:
 
 def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that shape the picture; pictures to begin from are read here."""
-    image = None if args.image is None else decode_image(args.image)
-    mask = None if args.mask is None else decode_image(args.mask)
+    _require_effect(args)
+    image, mask, control = (
+        None if path is None else decode_image(path) for path in (args.image, args.mask, args.control_image)
+    )
     usual = 0.6 if args.mask is None else 1.0
     return {
         "height": args.image_size if args.height is None else args.height,
@@ -88,7 +90,16 @@ def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
         "image": image,
         "mask_image": mask,
         "strength": 1.0 if image is None else usual if args.strength is None else args.strength,
+        "control_image": control,
+        "controlnet_conditioning_scale": 1.0 if args.condition_strength is None else args.condition_strength,
     }
+
+
+def _require_effect(args: argparse.Namespace) -> None:
+    """Refuse options of a ControlNet that would do nothing."""
+    for name in ("controlnet", "hed", "condition_strength"):
+        if getattr(args, name) is not None and args.control_image is None:
+            raise PromptError(f"--{name} is given without --control_image; give the picture to follow")
 
 
 def styled(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], str | None]:
@@ -106,6 +117,8 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
         args.pipeline_load_from,
         text_encoder=args.t5_path,
         vae=args.tokenizer_path,
+        controlnet=args.controlnet,
+        edge_detector=args.hed,
         algorithm=algorithm,
         ema=args.ema,
         torch_dtype=choose_dtype(args.dtype, choose_device(args.device)),

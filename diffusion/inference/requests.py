@@ -23,6 +23,7 @@ class ModelFacts:
 
     Args:
         default_size: side of a picture when none is given. size_multiple: px that a token covers.
+        has_controlnet: whether it can follow a control_image.
     """
 
     default_size: int
@@ -30,6 +31,7 @@ class ModelFacts:
     channels: int
     null_caption: str
     clean_caption: bool
+    has_controlnet: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class SamplingRequest:
     image: Any
     mask_image: Any
     strength: float
+    control_image: Any
+    controlnet_conditioning_scale: float
     output_type: str
 
     def __post_init__(self) -> None:
@@ -99,6 +103,11 @@ class SamplingRequest:
         return self.guidance_scale > 1
 
     @property
+    def controlled(self) -> bool:
+        """Whether a condition picture steers; at scale 0 the base draws alone, exactly."""
+        return self.control_image is not None and self.controlnet_conditioning_scale > 0
+
+    @property
     def drawn_size(self) -> tuple[int, int]:
         """(height, width) in px that the network draws: the asked one, or the trained size nearest in ratio."""
         if not self.use_resolution_binning:
@@ -117,7 +126,7 @@ class SamplingRequest:
 
         Args:
             seeds: None = generators were given, whose state is not known.
-            sources: fingerprints of "image" and "mask_image", where given.
+            sources: fingerprints of "image", "mask_image" and "control_image", where given.
         """
         texts: list[str | None] = [*self.prompts] or [None] * self.num_prompts
         negatives: list[str | None] = [*self.negative_prompts]
@@ -125,7 +134,11 @@ class SamplingRequest:
             negatives = [None]
         if len(negatives) == 1:
             negatives = negatives * self.num_prompts
-        options: dict[str, Any] = {"strength": self.strength, **sources} if sources else {}
+        options: dict[str, Any] = dict(sources)
+        if self.image is not None:
+            options["strength"] = self.strength
+        if self.control_image is not None:
+            options["controlnet_conditioning_scale"] = self.controlnet_conditioning_scale
         if self.guidance_channels is not None:
             options["guidance_channels"] = self.guidance_channels
         if self.clean_caption:
@@ -191,6 +204,16 @@ class SamplingRequest:
                 raise PromptError(f"{name}={value!r} is unknown; {did_you_mean(value, choices)}")
         if self.mask_image is not None and self.image is None:
             raise PromptError("mask_image is given without image; give the picture that it covers")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        scale = self.controlnet_conditioning_scale
+        if not _is_finite(scale) or scale < 0:
+            raise PromptError(
+                f"controlnet_conditioning_scale={scale!r} must be a finite number >= 0 (1 as trained, 0 = without)"
+            )
+        if self.control_image is not None and not self.model.has_controlnet:
+            raise PromptError("control_image needs a ControlNet; load the pipeline with controlnet=FILE (--controlnet)")
 
     def _check_captions(self) -> None:
         _check_one("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask)

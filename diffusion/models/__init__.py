@@ -3,10 +3,12 @@
 from diffusion.models.attention import KVCompression
 from diffusion.models.captions import NULL_CAPTIONS, pad_captions
 from diffusion.models.controlnet import ControlPixArt
+from diffusion.models.hed import HED
 from diffusion.models.pixart import PixArt, PixArtConfig, PixArtMS
 from diffusion.models.registry import PixArt_XL_2, PixArtMS_XL_2, build_model, model_names, preset_heads
 
 __all__ = [
+    "HED",
     "NULL_CAPTIONS",
     "ControlPixArt",
     "KVCompression",

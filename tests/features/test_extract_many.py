@@ -56,8 +56,7 @@ def test_two_processes_make_what_one_makes_even_when_killed(tmp_path: Path, pipe
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (source / "images" / "007.png").write_bytes(b"not a picture")
     settings = ["--image-size", 32, "--dtype", "fp32", "--pretrained", pipeline, "--batch-size", 3, "--device", "cpu"]
-    alone = ExtractionSettings(image_size=32, dtype="fp32", batch_size=3)
-    extract_folder(source, tmp_path / "one", pipeline, alone, device="cpu")
+    run(door("extract_features", source, "--out", tmp_path / "one", *settings))  # a program too: as many threads
     command = door("extract_features", source, "--out", tmp_path / "two", *settings, processes=2)
     process = subprocess.Popen(
         command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
