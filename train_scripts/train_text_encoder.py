@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tools/train_tokenizer.py")
     parser.add_argument("--teacher-embeddings", type=Path, required=True, help="file of tools/build_text_corpus.py")
     parser.add_argument("--output", type=Path, required=True, help="text_encoder folder; metrics are written beside it")
+    parser.add_argument("--captions", type=Path, help="folder of tools/add_captions.py: its captions name pictures")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
     parser.add_argument("--batch-size", type=int, default=1024, help="texts a step (default 1024)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 0.002)")
@@ -25,13 +26,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    from diffusion.training.text_corpus import read_rows
     from diffusion.training.text_distillation import TextEncoderConfig, train_text_encoder
+    from diffusion.training.text_names import named_texts
     from diffusion.training.text_teacher import load_teacher_texts
 
+    data = load_teacher_texts(args.teacher_embeddings)
+    named = None
+    if args.captions is not None:
+        named = named_texts(read_rows(args.captions / "metadata.jsonl", "concept"), data)
     metrics = train_text_encoder(
         args.tokenizer,
-        load_teacher_texts(args.teacher_embeddings),
+        data,
         args.output,
+        named=named,
         steps=args.steps,
         device=args.device,
         seed=args.seed,

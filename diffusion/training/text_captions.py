@@ -20,12 +20,12 @@ from torch import Tensor
 
 from diffusion.errors import DataError
 from diffusion.evaluation.free_prompts import normalised, read_free_prompts
-from diffusion.training.text_corpus import LABEL_TEMPLATES, read_rows
+from diffusion.training.text_corpus import LABEL_TEMPLATES, read_rows, spaced
 from diffusion.training.text_teacher import TeacherTexts
 from diffusion.training.text_wordnet import Sense
 
 _TONE_FORMS = (", {0} skin tone", " with {0} skin", ", {0} skin", ": {0} skin tone")
-_NEAREST, _MARGIN = 0.55, 0.03  # cosine to the concept's captions; lead over the next concept
+_NEAREST, _MARGIN = 0.7, 0.05  # cosine to the concept's captions; lead over the next concept
 _RIGHT_SENSE = 0.3  # cosine of a definition to the concept's keywords
 _NAMED_PICTURE = re.compile(r":|\bskin\b")  # captions of one very picture, such as "flag: Chad", are no mined captions
 _REPEATS = (6, 4, 2)  # of the label, the label with keywords, and the third caption, in the list that is drawn from
@@ -67,8 +67,8 @@ def mine_captions(
         if row["split"] != "train" or (row["skin_tone"] and row["concept"] in meanings):
             continue  # a toned picture speaks for its concept only where there is no plain one
         texts = [row["text"], *row["captions"][1:2]]
-        meanings.setdefault(row["concept"], []).extend(index[t] for t in map(_spaced, texts) if t in index)
-        if (joined := _spaced(", ".join(_keywords_of(row)))) in index:
+        meanings.setdefault(row["concept"], []).extend(index[t] for t in map(spaced, texts) if t in index)
+        if (joined := spaced(", ".join(_keywords_of(row)))) in index:
             keywords.setdefault(row["concept"], index[joined])
     concepts = [concept for concept, texts in meanings.items() if texts]
     owner = torch.tensor([number for number, concept in enumerate(concepts) for _ in meanings[concept]])
@@ -162,11 +162,6 @@ def _mined_of(row: dict[str, Any], texts: Sequence[str], excluded: Sequence[str]
     known = {normalised(text) for text in (*row["captions"], *excluded)}
     toned = (_with_tone(text, row["skin_tone"], rng) for text in texts if normalised(text) not in known)
     return [text for text in toned if normalised(text) not in known]
-
-
-def _spaced(text: str) -> str:
-    """A caption as the corpus writes it."""
-    return " ".join(text.lower().split())
 
 
 def _keywords_of(row: dict[str, Any]) -> list[str]:

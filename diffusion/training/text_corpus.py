@@ -113,6 +113,11 @@ def read_rows(metadata: Path, *needed: str) -> list[dict[str, Any]]:
     return rows
 
 
+def spaced(text: str) -> str:
+    """A text as the corpus writes it: lower-case, single spaces."""
+    return " ".join(text.lower().split())
+
+
 def read_word_list(path: Path) -> list[str]:
     """Whole lower-case words of three or more letters from a WordPiece `vocab.txt` (frequent first)."""
     try:
@@ -214,15 +219,14 @@ def build_corpus(
     named_pairs = [(e["label"].lower(), ", ".join(e["tags"]).lower()) for e in entries if e.get("tags")]
     things = (text for sense in senses for text in (*sense.names[:2], sense.definition))
     fixed = (*captions, *_caption_texts(entries, rng), *words, *(keywords for _, keywords in named_pairs), *things)
-    spaced = (" ".join(text.lower().split()) for text in fixed)
-    texts = dict.fromkeys(text for text in spaced if text and normalised(text) not in forbidden)
+    texts = dict.fromkeys(text for text in map(spaced, fixed) if text and normalised(text) not in forbidden)
     if len(texts) > size:
         raise DataError(f"corpus size {size} cannot hold {len(texts)} captions and words; use at least that many")
     common = list(words[:5000]) or nouns
     attempts = 0
     while len(texts) < size and attempts < 20 * size:
         attempts += 1
-        text = " ".join(free_prompt(rng, nouns, eatable, common).lower().split())
+        text = spaced(free_prompt(rng, nouns, eatable, common))
         if normalised(text) not in forbidden:
             texts.setdefault(text)
     ordered = list(texts)

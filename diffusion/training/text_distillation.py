@@ -1,8 +1,9 @@
 """Train a small T5 encoder to mean what a large sentence encoder means.
 
-Three terms. Sentence: the mean of the token states, projected, points where the teacher's embedding points. Relation:
-within a batch the student ranks the teacher's embeddings as the teacher itself does, so that near meanings stay apart.
+Up to four terms. Sentence: the mean of the token states, projected, points where the teacher's embedding points.
+Relation: within a batch the student ranks the teacher's embeddings as the teacher itself does: near meanings stay apart.
 Identity: a linear map recovers each token from its state, so that cross-attention finds words, not one blurred meaning.
+Naming, where captions of pictures are given: each lies nearest to the label of its picture (`text_names`).
 The heads are thrown away; T5's final RMSNorm leaves states of about unit scale.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import CheckpointError, ConfigError, NumericalError
+from diffusion.training.text_names import NamedTexts, naming_loss
 from diffusion.training.text_teacher import TeacherTexts, masked_mean
 
 PAD_ID = 0
@@ -29,7 +31,8 @@ PAD_ID = 0
 class TextEncoderConfig:
     """Shape of the student and of its training.
 
-    `identity_weight`, `relation_weight`: factors of the terms beside the sentence term (weight 1).
+    `identity_weight`, `relation_weight`, `naming_weight`: factors of the terms beside the sentence term (weight 1).
+    `naming_texts`: captions of pictures a step, when there are any.
     `identity_texts`: texts of a batch in the identity term, whose head is the costly part. `temperature`: of the
     similarities in the relation term. `max_tokens`: longer texts are cut while training.
     """
@@ -47,6 +50,8 @@ class TextEncoderConfig:
     relation_weight: float = 0.1
     identity_weight: float = 0.1
     identity_texts: int = 256
+    naming_weight: float = 0.1
+    naming_texts: int = 1024
     temperature: float = 0.05
 
     def __post_init__(self) -> None:
@@ -179,11 +184,14 @@ def train_text_encoder(
     device: str = "cpu",
     seed: int = 0,
     config: TextEncoderConfig | None = None,
+    named: NamedTexts | None = None,
     log_every: int = 100,
 ) -> dict[str, Any]:
     """Distil and write `output` (a 16-bit `text_encoder` folder) and `output/../text_encoder_metrics.json`.
 
     Same arguments, seed and CPU: same weights. Returns the metrics, with the loss history under "history".
+
+    named: captions of pictures for the naming term; None = without it.
 
     Raises:
         CheckpointError: no tokenizer in `tokenizer_folder`.
@@ -203,7 +211,8 @@ def train_text_encoder(
     student = TextStudent(config, len(tokenizer), data.embeddings.shape[1]).to(device)
     ids, lengths = tokenize(tokenizer, data.texts, config.max_tokens)
     ids, started = ids.to(device), time.monotonic()
-    history = _fit(student, data, ids, lengths, config, steps=steps, seed=seed, log_every=log_every)
+    naming = None if named is None else _Naming(named, tokenizer, config, device, seed)
+    history = _fit(student, data, ids, lengths, config, naming, steps=steps, seed=seed, log_every=log_every)
     metrics: dict[str, Any] = {
         **evaluate_student(student, data, ids),
         "parameters": sum(parameter.numel() for parameter in student.encoder.parameters()),
@@ -218,12 +227,31 @@ def train_text_encoder(
     return metrics
 
 
+class _Naming(nn.Module):
+    """The naming term: draws captions of pictures and asks for their labels, which it may move."""
+
+    def __init__(self, named: NamedTexts, tokenizer: Any, config: TextEncoderConfig, device: str, seed: int) -> None:
+        super().__init__()
+        ids, lengths = tokenize(tokenizer, named.texts, config.max_tokens)
+        self.ids, self.lengths, self.owner = ids.to(device), lengths, named.owner.to(device)
+        self.labels = nn.Parameter(named.labels.to(device))
+        self.weights, self.config = named.weights, config
+        self.order = torch.Generator().manual_seed(seed + 1)
+
+    def forward(self, student: TextStudent) -> Tensor:
+        chosen = torch.multinomial(self.weights, self.config.naming_texts, replacement=True, generator=self.order)
+        rows = chosen.to(self.ids.device)
+        _, vectors = student(self.ids[rows, : int(self.lengths[chosen].max())].long())
+        return naming_loss(vectors, self.owner[rows], self.labels, self.config.temperature)
+
+
 def _fit(
     student: TextStudent,
     data: TeacherTexts,
     ids: Tensor,
     lengths: Tensor,
     config: TextEncoderConfig,
+    naming: _Naming | None,
     *,
     steps: int,
     seed: int,
@@ -236,8 +264,9 @@ def _fit(
     allowed[data.held_out] = False
     rows = allowed.nonzero()[:, 0]
     teacher = data.embeddings.to(device)
+    trained = [*student.parameters(), *(naming.parameters() if naming is not None else ())]
     optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
     history: list[dict[str, float]] = []
     queue = rows[:0]
@@ -253,6 +282,7 @@ def _fit(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             states, vectors = student(tokens)
             logits = student.identity_head(states[: config.identity_texts])
+            named = None if naming is None else naming(student)
         parts = {
             "sentence": sentence_loss(vectors, target),
             "relation": relation_loss(vectors, target, config.temperature),
@@ -261,6 +291,9 @@ def _fit(
         loss = (
             parts["sentence"] + config.relation_weight * parts["relation"] + config.identity_weight * parts["identity"]
         )
+        if named is not None:
+            parts["naming"] = named
+            loss = loss + config.naming_weight * named
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

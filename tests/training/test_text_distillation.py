@@ -24,6 +24,7 @@ from diffusion.training.text_distillation import (
     tokenize,
     train_text_encoder,
 )
+from diffusion.training.text_names import named_texts
 from diffusion.training.text_teacher import (
     TeacherTexts,
     embed_texts,
@@ -240,6 +241,29 @@ def test_same_seed_same_encoder_other_seed_another(
         weights.append((output / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
+
+
+def test_captions_of_pictures_come_near_their_labels(
+    tokenizer_folder: Path, teacher: TeacherTexts, tmp_path: Path
+) -> None:
+    """Words that the teacher finds far from every label name a picture none the less."""
+    captions = {"red apple": "green music river", "dog face": "small water house", "rocket": "happy light river"}
+    rows = [
+        {"text": label, "concept": label, "split": "train", "captions": [other, other]}
+        for label, other in captions.items()
+    ]
+    rows.append({"text": "not read by the teacher", "concept": "x", "split": "train", "captions": []})
+    named = named_texts(rows, teacher)
+    assert named.labels.shape == (3, 16) and len(named.texts) == 9
+    assert named.weights.sum() == pytest.approx(3)  # one a label, whatever it has of captions
+    config = tiny_config(naming_weight=1.0, naming_texts=32)
+    metrics = train_text_encoder(
+        tokenizer_folder, teacher, tmp_path / "t", steps=100, config=config, named=named, log_every=10
+    )
+    first, last = metrics["history"][0]["naming"], metrics["history"][-1]["naming"]
+    assert last < 0.1 < 1 < first
+    with pytest.raises(DataError, match="no label"):
+        named_texts(rows[-1:], teacher)
 
 
 def test_wrong_settings_are_named(teacher: TeacherTexts, tmp_path: Path) -> None:
