@@ -4,8 +4,9 @@
     python tools/extract_features.py build/emoji-captions --out output/features/emoji-captions
     python benchmarks/ablation_emoji.py --seconds 90
 
-An arm is configs/emoji/emoji_256.py with overrides; none changes the speed, so all have as many steps as a short
-run says fit into the time. Results are written after every arm, and arms that the output file holds are kept.
+An arm is configs/emoji/emoji_256.py with overrides. A short run says how many steps fit into the time; arms that change
+the speed (size, batch, optimiser) have a short run of their own. Results are written after every arm, and arms that
+the output file holds are kept, so a call can be repeated until all are there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,12 @@ ARMS: dict[str, list[str]] = {
     "constant lr": ["lr_schedule=constant"],
     "narrow and deep": ["hidden_size=192", "depth=18", "num_heads=3"],
     "wide and shallow": ["hidden_size=320", "depth=6", "num_heads=5"],
+    "batch 256": ["train_batch_size=256", "optimizer.lr=1e-3"],
+    "batch 512": ["train_batch_size=512", "optimizer.lr=1.2e-3"],
+    "Muon": ["optimizer.type=Muon", "optimizer.lr=3e-3"],
+    "Muon, batch 256": ["optimizer.type=Muon", "optimizer.lr=1.5e-3", "train_batch_size=256"],
 }
+CHANGES_SPEED = ("hidden_size", "depth", "num_heads", "train_batch_size", "optimizer.type")
 POSTHOC_SIGMA_RELS = (0.02, 0.05, 0.10, 0.15, 0.20)
 
 
@@ -51,8 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
     add("--features", default="output/features/emoji-captions", help="feature store (default: %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every arm")
+    add("--stop-after", type=float, help="seconds of this call after which no further arm is begun")
+    add("--posthoc", action="store_true", help="also draw averages of other lengths of the arm 'base'")
     add("--limit", type=int, default=220, help="captions drawn a split (default: %(default)s)")
-    add("--bs", type=int, default=64, help="pictures drawn at a time (default: %(default)s)")
+    add("--bs", type=int, default=128, help="pictures drawn at a time (default: %(default)s)")
     add("--sampling-steps", type=int, default=20, help="solver steps (default: %(default)s)")
     add("--work-dir", type=Path, default=Path("output/ablation"))
     add("--output", type=Path, default=Path("benchmarks/results/ablation_emoji.json"))
@@ -62,13 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     rows: dict[str, Any] = json.loads(args.output.read_text())["arms"] if args.output.is_file() else {}
-    steps = args.steps or steps_in(args, args.seconds)
+    begun = time.monotonic()
+    common = None if args.steps else steps_in(args, args.seconds, [])
     for name in args.arms:
         if name in rows:
             continue
-        posthoc = name == "base"
-        rows[name] = measure(args, name, steps, posthoc=posthoc)
-        figures = {"benchmark": f"{CONFIG}, {steps} steps an arm", "seconds": args.seconds, "arms": rows}
+        if args.stop_after is not None and time.monotonic() - begun > args.stop_after:
+            print(f"no time for {name}; call again")
+            continue
+        own = any(option.split("=")[0] in CHANGES_SPEED for option in ARMS[name])
+        steps = args.steps or (steps_in(args, args.seconds, ARMS[name]) if own else common)
+        rows[name] = measure(args, name, steps, posthoc=args.posthoc and name == "base")
+        figures = {"benchmark": f"{CONFIG}, equal time an arm", "seconds": args.seconds, "arms": rows}
         write_report(args.output, figures)
 
 
@@ -81,9 +95,9 @@ def train(args: argparse.Namespace, work_dir: Path, options: list[str]) -> list[
     return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def steps_in(args: argparse.Namespace, seconds: float, probe_steps: int = 120) -> int:
+def steps_in(args: argparse.Namespace, seconds: float, overrides: list[str], probe_steps: int = 120) -> int:
     """Optimiser steps that fit into a time, from the median speed of a short run."""
-    options = [f"max_steps={probe_steps}", "log_interval=10", "validation.num_samples=0"]
+    options = [f"max_steps={probe_steps}", "log_interval=10", "validation.num_samples=0", *overrides]
     metrics = train(args, args.work_dir / "probe", options)
     config = json.loads((args.work_dir / "probe" / "config.json").read_text())
     batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
@@ -99,6 +113,7 @@ def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -
     metrics = train(args, work_dir, options)
     row = {
         "overrides": ARMS[name],
+        "steps": steps,
         "images_per_s": round(statistics.median(m["images_per_s"] for m in metrics if "images_per_s" in m)),
         "validation_loss": metrics[-1].get("validation_loss"),
         **draw(args, work_dir / "checkpoints" / f"checkpoint-{steps}"),
@@ -110,12 +125,15 @@ def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -
 
 def draw(args: argparse.Namespace, transformer: Path) -> dict[str, Any]:
     """Retrieval of a transformer on both splits and on the free prompts."""
-    from diffusion.devices import choose_device
+    from diffusion.devices import choose_device, choose_dtype
     from diffusion.evaluation.drawing import DrawingSettings, evaluate_captions, evaluate_free_prompts
     from diffusion.evaluation.free_prompts import read_free_prompts
     from diffusion.inference import PixArtPipeline
 
-    pipeline = PixArtPipeline.from_pretrained(PARTS, transformer=transformer, ema=True, device=choose_device("auto"))
+    device = choose_device("auto")
+    pipeline = PixArtPipeline.from_pretrained(
+        PARTS, transformer=transformer, ema=True, device=device, torch_dtype=choose_dtype("auto", device)
+    )
     pipeline.set_progress_bar_config(disable=True)
     gallery = bundled_gallery()
     settings = [DrawingSettings(args.sampling_steps, batch_size=args.bs)]

@@ -1,7 +1,7 @@
 """Train a small T5 encoder to mean what a large sentence encoder means.
 
 Up to four terms. Sentence: the mean of the token states, projected, points where the teacher's embedding points.
-Relation: within a batch the student ranks the teacher's embeddings as the teacher itself does: near meanings stay apart.
+Relation: within a batch the student ranks the teacher's embeddings as the teacher does, to keep near meanings apart.
 Identity: a linear map recovers each token from its state, so that cross-attention finds words, not one blurred meaning.
 Naming, where captions of pictures are given: each lies nearest to the label of its picture (`text_names`).
 The heads are thrown away; T5's final RMSNorm leaves states of about unit scale.
