@@ -25,3 +25,32 @@ def test_memory_plans(tmp_path: Path) -> None:
     assert set(result["rows"]) == {"full", "full x4", "4gb"}
     assert result["bars"]["latents of full and 4gb are bit-equal"] is True
     assert all(row["completes"] and row["finite"] for row in result["rows"].values())
+
+
+def run(*arguments: object) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_extraction(tmp_path: Path) -> None:
+    out = tmp_path / "extraction.json"
+    sizes = ["--captions", 40, "--original-captions", 6, "--pictures", "32:12:3:4", "64:6:2:2"]
+    run("benchmarks/bench_extraction.py", "--tiny", *sizes, "--rows-per-shard", 16, "--out", out)
+    result = json.loads(out.read_text())
+    assert 50 < result["captions"]["mean_tokens"] < 70
+    assert result["captions"]["max_tokens"] <= 120
+    assert set(result["pictures"]) == {"32", "64"}
+    for figures in (result["captions"], *result["pictures"].values()):
+        assert all(value > 0 for value in figures.values())
+        assert 0 < figures["share_of_matmul_rate"] < 1
+
+
+@pytest.mark.slow
+def test_loader(tmp_path: Path) -> None:
+    out = tmp_path / "loader.json"
+    sizes = ["--rows", 64, "--channels", 16, "--workers", 2, "--batch-size", 8, "--batches", 5]
+    run("benchmarks/bench_loader.py", *sizes, "--out", out)
+    assert json.loads(out.read_text())["samples_per_s"] > 0

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffusion.config.extraction_cli import DEFAULT_PRETRAINED
+from diffusion.config.extraction_cli import DEFAULT_PRETRAINED, add_bucket_arguments
 from diffusion.errors import EXIT_USER_ERROR, run_cli
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--dataset_root", type=Path, help="folder that the paths of a JSON list are relative to")
     parser.add_argument("--split", nargs="+", help="only these splits")
     parser.add_argument("--image-size", type=int, default=256, help="px (default: %(default)s)")
-    parser.add_argument("--multi-scale", action="store_true", help="aspect-ratio buckets instead of a square")
+    add_bucket_arguments(parser)
     parser.add_argument("--max-length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
     parser.add_argument(
         "--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens and disk use (default: %(default)s)"
@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
+    from diffusion.features.cli import settings_from
     from diffusion.features.report import check_source, contact_sheet
     from diffusion.features.sources import open_source
-    from diffusion.features.stages import ExtractionSettings
 
     source = open_source(args.source, args.split, dataset_root=args.dataset_root)
-    settings = ExtractionSettings(args.image_size, args.multi_scale, max_length=args.max_length)
+    settings = settings_from(args, args.image_size)
     counts = {"headers": source.total, "decode": source.total} if args.all else {"decode": args.decode}
     report = check_source(source, settings, args.pretrained, measure=args.measure, device=args.device, **counts)
     print("\n".join(report.lines()))

@@ -24,12 +24,16 @@ def extraction_parser(
     add("source", nargs="?", help="pictures with captions: a folder, index, tar, parquet, or hub:OWNER/NAME")
     if captions and pictures:
         add("--out", type=Path, help="folder of the feature store")
+        add(
+            "--engine", choices=("local", "ray"), default="local",
+            help="this process (and its peers under torchrun), or a Ray cluster (default: %(default)s)",
+        )  # fmt: skip
     add(
         "--pretrained", "--pretrained_models_dir", type=Path, default=DEFAULT_PRETRAINED,
         help="diffusers pipeline folder, or the original's with t5_ckpts and sd-vae-ft-ema (default: %(default)s)",
     )  # fmt: skip
     add("--image-size", "--img_size", type=int, help="px (default: 256; 512 into the original's layout)")
-    add("--multi-scale", "--multi_scale", action="store_true", help="aspect-ratio buckets instead of a square")
+    add_bucket_arguments(parser)
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of storage (default: %(default)s)")
     add("--max-length", "--max_length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
     add("--batch-size", "--batch_size", type=int, default=16, help="pictures a VAE call (default: %(default)s)")
@@ -55,3 +59,15 @@ def extraction_parser(
     if pictures:
         original.add_argument("--vae_save_root", type=Path, help="folder of NAME.npy latents")
     return parser
+
+
+def add_bucket_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say what size a picture is resized and cropped to, beside --image-size."""
+    add = parser.add_argument
+    add("--multi-scale", "--multi_scale", action="store_true", help="aspect-ratio buckets instead of a square")
+    add("--bucket-table", help="bucket table, such as ASPECT_RATIO_512_TEST (default: that of --image-size)")
+    add(
+        "--bucket-measure", choices=("difference", "log"), default="difference",
+        help="nearest bucket by height / width, as the original, or by its logarithm (default: %(default)s)",
+    )  # fmt: skip
+    add("--transposes", action="store_true", help="add the bucket sizes that the table holds on their side alone")

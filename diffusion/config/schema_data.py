@@ -47,7 +47,7 @@ class DataConfig(Section):
     mix: dict[str, float] = Field(
         default={},
         description="Store: further stores, made alike, and how often each of their rows is drawn an epoch (2, 0.5); "
-        "rows of root are drawn once, or as often as its entry here says.",
+        "rows of root are drawn once, or as often as its entry here says. With multi_scale they may be of other sizes.",
     )
     image_list_txt: Strings = Field(
         default=(), description="SAM: file names under <root>/partition, one picture name without extension per line."

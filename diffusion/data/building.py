@@ -36,18 +36,7 @@ def build_dataset(
     """
     kind = data["type"]
     if kind == "Store":
-        weights = {data["root"]: 1.0, **(data.get("mix") or {})}
-        stores = []
-        for name in weights:
-            place = name if is_url(name) else Path(data_root) / name
-            dataset = StoreDataset(place, split=data.get("split"), seed=seed, max_captions=data.get("max_captions"))
-            check_store_fits(dataset.store, image_size, aspect_ratio_type, model_max_length)
-            stores.append(dataset)
-        return (
-            stores[0]
-            if set(weights.values()) == {1.0} and len(stores) == 1
-            else MixedStores(stores, list(weights.values()))
-        )
+        return _stores(data, image_size, aspect_ratio_type, model_max_length, seed, Path(data_root))
     root = _spelled(Path(data_root) / data["root"])
     if not (data["load_vae_feat"] and data["load_t5_feat"]):
         raise ConfigError(f"data.type={kind!r} needs load_vae_feat=True and load_t5_feat=True: extract features first")
@@ -62,22 +51,49 @@ def build_dataset(
     raise ConfigError(f"data.type={kind!r} is not read by this program; use Store, SAM, InternalData or InternalDataMS")
 
 
+def _stores(
+    data: Mapping[str, Any],
+    image_size: int,
+    aspect_ratio_type: str | None,
+    model_max_length: int,
+    seed: int,
+    data_root: Path,
+) -> StoreDataset | MixedStores:
+    weights = {data["root"]: 1.0, **(data.get("mix") or {})}
+    stores: list[StoreDataset] = []
+    for name in weights:
+        place = name if is_url(name) else data_root / name
+        dataset = StoreDataset(place, split=data.get("split"), seed=seed, max_captions=data.get("max_captions"))
+        # A network of many shapes takes further stores of any size.
+        size = None if stores and aspect_ratio_type is not None else image_size
+        check_store_fits(dataset.store, size, aspect_ratio_type, model_max_length)
+        stores.append(dataset)
+    if len(stores) == 1 and set(weights.values()) == {1.0}:
+        return stores[0]
+    return MixedStores(stores, list(weights.values()), any_size=aspect_ratio_type is not None)
+
+
 def check_store_fits(
-    store: FeatureStore, image_size: int, aspect_ratio_type: str | None, model_max_length: int
+    store: FeatureStore, image_size: int | None, aspect_ratio_type: str | None, model_max_length: int
 ) -> None:
     """Refuse a store that was extracted for another config.
 
+    Args:
+        image_size: px; None = any size, in buckets or square.
     Raises:
         DataError: every setting that differs, and the command that makes a fitting store.
     """
-    wanted = {"image_size": image_size, "multi_scale": aspect_ratio_type is not None, "max_length": model_max_length}
+    wanted: dict[str, Any] = {"max_length": model_max_length}
+    if image_size is not None:
+        wanted |= {"image_size": image_size, "multi_scale": aspect_ratio_type is not None}
     stored = {name: store.fingerprint[name] for name in wanted if name in store.fingerprint}
     differing = differences(stored, {name: wanted[name] for name in stored})
     if differing:
         scale = " --multi-scale" if aspect_ratio_type is not None else ""
+        size = image_size or store.fingerprint.get("image_size")
         raise DataError(
             f"{store.root} was extracted for another config: {', '.join(differing)}; change the config, or run `python "
-            f"tools/extract_features.py SOURCE --out NEW_FOLDER --image-size {image_size}{scale} --max-length "
+            f"tools/extract_features.py SOURCE --out NEW_FOLDER --image-size {size}{scale} --max-length "
             f"{model_max_length}`"
         )
 

@@ -14,20 +14,29 @@ from diffusion.data.store_dataset import StoreDataset
 from diffusion.features import FeatureStore
 from diffusion.features.manifest import check_fingerprint
 
+# What a fingerprint says of the sizes of pictures.
+SIZE_FIELDS = ("image_size", "multi_scale", "bucket_table", "bucket_measure", "transposes")
+
 
 class MixedStores:
     """Stores one behind the other; `repeats` tells the sampler how often each sample is drawn an epoch.
 
     Args:
         weights: one positive number a store.
+        any_size: stores may differ in the sizes of their pictures; a batch still holds one size.
     Raises:
         DataError: stores that were made otherwise than the first.
     """
 
-    def __init__(self, stores: Sequence[StoreDataset], weights: Sequence[float]) -> None:
+    def __init__(self, stores: Sequence[StoreDataset], weights: Sequence[float], *, any_size: bool = False) -> None:
         self.stores = list(stores)
-        for other in self.stores[1:]:
-            check_fingerprint(other.store.root, other.store.fingerprint, self.stores[0].store.fingerprint)
+        ignored = SIZE_FIELDS if any_size else ()
+        first, *others = (
+            {name: value for name, value in dataset.store.fingerprint.items() if name not in ignored}
+            for dataset in self.stores
+        )
+        for dataset, fingerprint in zip(self.stores[1:], others):
+            check_fingerprint(dataset.store.root, fingerprint, first)
         self._ends = list(accumulate(len(store) for store in self.stores))
         self.buckets = [bucket for store in self.stores for bucket in store.buckets]
         self.repeats = [weight for store, weight in zip(self.stores, weights) for _ in range(len(store))]

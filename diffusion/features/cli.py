@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 
 from diffusion.errors import ConfigError
 from diffusion.features.extract import MAX_REJECTED_SHARE, extract_folder
@@ -36,18 +37,26 @@ def run_extraction(args: argparse.Namespace) -> str:
     size = args.image_size or (256 if out is not None else _ORIGINAL_SIZE_PX)
     if size % 8:
         raise ConfigError(f"--image-size {size} must be a multiple of 8, the factor of the VAE")
-    settings = ExtractionSettings(
-        size, args.multi_scale, args.dtype, args.max_length, args.batch_size, args.token_budget, args.small
-    )
+    settings = settings_from(args, size)
     if out is None:
         return _into_files(args, place, target, settings)
     if args.start_index or args.end_index is not None:
         raise ConfigError("--start_index and --end_index cut the original's layout; a store takes --limit, or torchrun")
     counts = extract_folder(
         place, out, args.pretrained, settings, device=args.device, limit=args.limit, splits=args.split,
-        max_rejected=_share(args), prune=args.prune, dataset_root=args.dataset_root,
+        max_rejected=_share(args), prune=args.prune, dataset_root=args.dataset_root, engine=args.engine,
     )  # fmt: skip
     return f"{out}: {counts['pictures']} pictures ({counts['new']} new); " + _remarks(counts, args.max_length)
+
+
+def settings_from(args: argparse.Namespace, image_size: int) -> ExtractionSettings:
+    """The settings that a program's arguments choose; what it has no argument for keeps its default.
+
+    Raises:
+        ConfigError: see `ExtractionSettings`.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(ExtractionSettings) if hasattr(args, field.name)}
+    return ExtractionSettings(**{**given, "image_size": image_size})
 
 
 def _into_files(args: argparse.Namespace, place: str, target: OriginalTarget, settings: ExtractionSettings) -> str:
@@ -70,6 +79,8 @@ def _remarks(counts: dict[str, int], max_length: int) -> str:
     remarks = [f"{counts['rejected']} rejected", f"{counts['captions_cut']} captions cut at {max_length} tokens"]
     if counts["enlarged"]:
         remarks.append(f"{counts['enlarged']} pictures were smaller than their bucket and enlarged")
+    if "nodes" in counts:
+        remarks.append(f"by {counts['nodes']} nodes")
     for name in ("changed", "pruned"):
         if counts.get(name):
             remarks.append(f"{counts[name]} {name}")

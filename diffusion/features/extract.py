@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 import xxhash
@@ -80,6 +81,7 @@ class Encoders:
             "multi_scale": settings.multi_scale,
             "dtype": settings.dtype,
             "max_length": settings.max_length,
+            **settings.bucket_fingerprint(),
         }
 
 
@@ -100,10 +102,12 @@ def extract_folder(
     max_rejected: float = MAX_REJECTED_SHARE,
     prune: bool = False,
     dataset_root: str | Path | None = None,
+    engine: Literal["local", "ray"] = "local",
 ) -> dict[str, int]:
     """Extract features of captioned pictures; call it again after an interruption, or when pictures were added.
 
-    Under torchrun the processes share the work. Rows of pictures or captions that have changed are made anew.
+    Under torchrun the processes share the work; with engine "ray" a Ray cluster does, see `ray_engine`. Rows of
+    pictures or captions that have changed are made anew.
 
     Args:
         source, splits, dataset_root: see `open_source`; out: the store's folder; pretrained: see `Encoders.find`.
@@ -111,14 +115,15 @@ def extract_folder(
         max_rejected: largest share of unusable pictures; one is always allowed.
         prune: take rows out of the store whose pictures the source no longer has; else they are an error.
     Returns:
-        counts: pictures, new, changed, pruned, rejected, captions_cut, enlarged (the last two of this extraction).
+        counts: pictures, new, changed, pruned, rejected, captions_cut, enlarged (the last two of this extraction);
+            with engine "ray" the nodes that worked.
     Raises:
         DataError: broken source, another fingerprint than the store's, rows without a picture, too many rejections.
         CheckpointError: encoders missing. WorkDirLockedError: another extraction writes there.
     """
     if settings.dtype not in DTYPES:
         raise ConfigError(f"--dtype {settings.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    ranks = Ranks(device)
+    ranks = Ranks(device if engine == "local" else "cpu")  # a cluster's devices are not this machine's
     try:
         found = open_source(source, splits, dataset_root=dataset_root)
         samples = found.samples
@@ -127,7 +132,14 @@ def extract_folder(
         refuse_too_many(found.rejected, found.total, max_rejected, Path(out))
         _probe(samples)
         job = _Job(Path(out), Encoders.find(pretrained), settings, found, samples, max_rejected, rows_per_shard)
-        return job.run(ranks, device, prune)
+        if engine == "local":
+            return job.run(LocalEngine(job.encoders, settings, ranks, device), ranks, prune)
+        if ranks.world_size > 1:
+            raise ConfigError("--engine ray shares the work itself; start it with python, not with torchrun")
+        from diffusion.features.ray_engine import RayEngine
+
+        with RayEngine(job.encoders, settings, device) as cluster:
+            return {**job.run(cluster, ranks, prune), "nodes": len(cluster.nodes)}
     finally:
         ranks.close()
 
@@ -145,6 +157,36 @@ def _probe(samples: Sequence[Sample]) -> None:
     raise DataError(f"none of {len(chosen)} pictures can be read, the first: {problem}")
 
 
+class Engine(Protocol):
+    """What encodes blocks: this process, or a cluster."""
+
+    def null_caption(self) -> Tensor:
+        """(L0, C), T5("")."""
+
+    def run(self, blocks: Sequence[Block], writer: FeatureStoreWriter) -> Iterator[int]:
+        """Encode and commit blocks, in any order; yields the number of each when `writer.entries` holds it."""
+
+
+class LocalEngine:
+    """Encodes in this process, on one device."""
+
+    def __init__(self, encoders: Encoders, settings: ExtractionSettings, ranks: Ranks, device: str) -> None:
+        self.encoders, self.settings = encoders, settings
+        self.device = choose_device(device if ranks.world_size == 1 else str(ranks.device))
+
+    @cached_property
+    def _text(self) -> CaptionEncoder:
+        return self.encoders.load_text(self.device, self.settings)
+
+    def null_caption(self) -> Tensor:
+        return self._text.encode_unpadded([""])[0]
+
+    def run(self, blocks: Sequence[Block], writer: FeatureStoreWriter) -> Iterator[int]:
+        vae = self.encoders.load_vae(self.device, self.settings)
+        encoded = encode_blocks(blocks, self.settings, self._text, vae)
+        return (block.number for block in write_behind(encoded, writer.commit_block))
+
+
 @dataclass(frozen=True)
 class _Job:
     out: Path
@@ -155,15 +197,13 @@ class _Job:
     max_rejected: float
     rows_per_shard: int
 
-    def run(self, ranks: Ranks, device: str, prune: bool) -> dict[str, int]:
-        chosen = choose_device(device if ranks.world_size == 1 else str(ranks.device))
+    def run(self, engine: Engine, ranks: Ranks, prune: bool) -> dict[str, int]:
         lock, counts = None, {"changed": 0, "pruned": 0}
         fingerprint = self.encoders.fingerprint(self.settings) if ranks.is_main else None
         if ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(self.out, "--out")
-        encoder = self.encoders.load_text(chosen, self.settings)
-        null_caption = encoder.encode_unpadded([""])[0]
+        null_caption = engine.null_caption()
         if ranks.is_main:
             writer = self._writer(fingerprint, null_caption)
             counts = self._bring_up_to_date(writer, prune)
@@ -174,7 +214,7 @@ class _Job:
         ranks.barrier()  # nobody writes before everybody has planned
         mine = blocks[ranks.rank :: ranks.world_size]
         if mine:
-            self._encode(mine, encoder, self.encoders.load_vae(chosen, self.settings), writer, ranks)
+            self._encode(mine, engine, writer, ranks)
         ranks.barrier()
         writer.refresh()
         counts |= {"new": sum(len(block.samples) for block in blocks), "captions_cut": 0, "enlarged": 0}
@@ -216,15 +256,12 @@ class _Job:
         parts = [todo[start : start + size] for start in range(0, len(todo), size)]
         return [Block(number, part) for number, part in zip(writer.free_numbers(), parts)]
 
-    def _encode(
-        self, blocks: list[Block], encoder: CaptionEncoder, vae: Any, writer: FeatureStoreWriter, ranks: Ranks
-    ) -> None:
+    def _encode(self, blocks: list[Block], engine: Engine, writer: FeatureStoreWriter, ranks: Ranks) -> None:
         sizes = {block.number: len(block.samples) for block in blocks}
-        encoded = encode_blocks(blocks, self.settings, encoder, vae)
         silent = not ranks.is_main
         with tqdm(total=sum(sizes.values()), unit="picture", file=sys.stdout, mininterval=1, disable=silent) as bar:
-            for block in write_behind(encoded, writer.commit_block):
-                bar.update(sizes[block.number])
+            for number in engine.run(blocks, writer):
+                bar.update(sizes[number])
                 rejected = [*self.source.rejected, *writer.rejected.values()]
                 rejected += [item for entry in writer.entries.values() for item in map(_as_rejected, entry.rejected)]
                 refuse_too_many(_distinct(rejected), self.source.total, self.max_rejected, self.out)

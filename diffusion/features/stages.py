@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from diffusion.errors import DataError
+from diffusion.errors import ConfigError, DataError
 from diffusion.features.rows import FeatureRow
 from diffusion.features.sources import Rejected, Sample
 from diffusion.images import (
+    BucketTable,
+    Measure,
     aspect_ratio_table,
     closest_bucket,
     decode_bytes,
     encode_moments,
     resize_and_crop,
     to_unit_range,
+    with_transposes,
 )
 from diffusion.text import CaptionEncoder
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _NO_PIXELS = np.empty(0, np.uint8)
 
 
@@ -46,6 +52,11 @@ class ExtractionSettings:
         batch_size: pictures a VAE call.
         token_budget: tokens a T5 call, padding included.
         small: what happens to pictures smaller than their bucket: enlarged and counted, or rejected.
+        bucket_measure: how the nearest bucket is found, see `closest_bucket`.
+        bucket_table: name of the bucket table; None = the one of `image_size`.
+        transposes: add the sizes that the table holds on their side alone, see `with_transposes`.
+    Raises:
+        ConfigError: no bucket table of that name or size, or a choice of buckets without multi_scale.
     """
 
     image_size: int = 256
@@ -55,13 +66,33 @@ class ExtractionSettings:
     batch_size: int = 32
     token_budget: int = 16384
     small: Literal["enlarge", "reject"] = "enlarge"
+    bucket_measure: Measure = "difference"
+    bucket_table: str | None = None
+    transposes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.multi_scale:
+            _ = self.table
+        elif self.bucket_fingerprint():
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.bucket_fingerprint())
+            raise ConfigError(f"{names} chooses among aspect-ratio buckets; add --multi-scale")
+
+    @cached_property
+    def table(self) -> BucketTable:
+        """The buckets of `multi_scale`."""
+        table = aspect_ratio_table(self.bucket_table or f"ASPECT_RATIO_{self.image_size}")
+        return with_transposes(table) if self.transposes else table
 
     def bucket_of(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in px that a picture is resized and cropped to."""
         if not self.multi_scale:
             return self.image_size, self.image_size
-        table = aspect_ratio_table(f"ASPECT_RATIO_{self.image_size}")
-        return table[closest_bucket(height, width, table)]
+        return self.table[closest_bucket(height, width, self.table, self.bucket_measure)]
+
+    def bucket_fingerprint(self) -> dict[str, Any]:
+        """What differs from the original's choice; nothing by default, so that older stores keep their fingerprint."""
+        usual = {"bucket_measure": "difference", "bucket_table": None, "transposes": False}
+        return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,9 @@ class EncodedBlock:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """A picture as the VAE takes it, and where it comes from; fields as in `FeatureRow`."""
+
     image_size: tuple[int, int]
     bucket: tuple[int, int]
     crop_box: tuple[float, float, float, float]
@@ -97,7 +130,7 @@ class _Decoded:
         return bottom - top < self.bucket[0] - 0.5 or right - left < self.bucket[1] - 0.5
 
 
-def decode_sample(sample: Sample, settings: ExtractionSettings) -> _Decoded | Rejected:
+def decode_sample(sample: Sample, settings: ExtractionSettings) -> Decoded | Rejected:
     """Bytes -> upright sRGB -> bucket -> cover and centre crop; a reason when the picture cannot be used."""
     stat = sample.picture.stat()
     try:
@@ -108,7 +141,7 @@ def decode_sample(sample: Sample, settings: ExtractionSettings) -> _Decoded | Re
     except (DataError, MemoryError) as error:
         return Rejected(sample.key, str(error) or f"{sample.picture.place}: out of memory", stat)
     size = (image.height, image.width)
-    decoded = _Decoded(size, bucket, box, np.asarray(cropped), stat, xxhash.xxh3_128_hexdigest(data))
+    decoded = Decoded(size, bucket, box, np.asarray(cropped), stat, xxhash.xxh3_128_hexdigest(data))
     if settings.small == "reject" and decoded.enlarged:
         reason = f"{sample.picture.place}: {size[1]}x{size[0]} px is smaller than its bucket {bucket[1]}x{bucket[0]}"
         return Rejected(sample.key, f"{reason}; --small enlarge takes it", stat)
@@ -127,35 +160,41 @@ def encode_blocks(
     samples = [sample for block in blocks for sample in block.samples]
     # Pillow releases the interpreter while it decodes and resizes.
     with ThreadPoolExecutor(max_workers=max(4, min(32, os.cpu_count() or 4))) as pool:
-        decoded = _ahead(pool, samples, settings) if vae is not None else iter(())
+        decode = partial(decode_sample, settings=settings)
+        decoded = ahead(pool, samples, decode, max(16, 4 * settings.batch_size)) if vae is not None else iter(())
         for block in blocks:
-            yield _encode_block(block, settings, encoder, vae, decoded)
+            yield encode_block(block, settings, encoder, vae, decoded)
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, samples: Sequence[Sample], settings: ExtractionSettings
-) -> Iterator[_Decoded | Rejected]:
-    """`decode_sample` of all samples in order, at most four batches ahead of the consumer."""
-    waiting: deque[Future[_Decoded | Rejected]] = deque()
-    for sample in samples:
-        waiting.append(pool.submit(decode_sample, sample, settings))
-        if len(waiting) > max(16, 4 * settings.batch_size):
+def ahead(
+    pool: ThreadPoolExecutor, items: Iterable[_Item], function: Callable[[_Item], _Result], depth: int
+) -> Iterator[_Result]:
+    """`function` of all items in order, by threads that are at most `depth` items ahead of the consumer."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _encode_block(
+def encode_block(
     block: Block,
     settings: ExtractionSettings,
     encoder: CaptionEncoder | None,
     vae: Any | None,
-    decoded: Iterator[_Decoded | Rejected],
+    decoded: Iterator[Decoded | Rejected],
 ) -> EncodedBlock:
+    """Rows of a block from its decoded pictures, of which as many are taken as the block has samples.
+
+    Args:
+        encoder, vae: as in `encode_blocks`.
+    """
     result = EncodedBlock(block.number)
     samples = block.samples
     moments: dict[int, tuple[Tensor, Tensor]] = {}
-    found: dict[int, _Decoded] = {}
+    found: dict[int, Decoded] = {}
     if vae is not None:
         # A generator is drawn from one block at a time: the block's own pictures.
         for index, item in _batched(zip(range(len(samples)), decoded), settings.batch_size, vae, moments):
@@ -180,8 +219,8 @@ def _encode_block(
 
 
 def _batched(
-    items: Iterable[tuple[int, _Decoded | Rejected]], size: int, vae: Any, moments: dict[int, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[int, _Decoded | Rejected]]:
+    items: Iterable[tuple[int, Decoded | Rejected]], size: int, vae: Any, moments: dict[int, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[int, Decoded | Rejected]]:
     """Pass items on; fill `moments` of the decoded ones, in batches of one bucket."""
     pending: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
 
@@ -193,7 +232,7 @@ def _batched(
         moments.update({index: (mean[row], std[row]) for row, (index, _) in enumerate(batch)})
 
     for index, item in items:
-        if isinstance(item, _Decoded):
+        if isinstance(item, Decoded):
             pending.setdefault(item.bucket, []).append((index, item.pixels))
             if len(pending[item.bucket]) == size:
                 flush(item.bucket)
@@ -206,7 +245,7 @@ def _batched(
 
 
 def _row(
-    sample: Sample, decoded: _Decoded | None, moments: tuple[Tensor, Tensor] | None, captions: list[Tensor]
+    sample: Sample, decoded: Decoded | None, moments: tuple[Tensor, Tensor] | None, captions: list[Tensor]
 ) -> FeatureRow:
     nothing = torch.empty(0)
     mean, std = moments if moments is not None else (nothing, nothing)

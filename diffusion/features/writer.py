@@ -246,6 +246,11 @@ class FeatureStoreWriter:
             if len(kept) != len(entry.rejected):
                 self._write_entry(number, BlockEntry(entry.shard, kept, entry.counts))
 
+    def see_block(self, number: int) -> None:
+        """See a block that another process has finished. Raises OSError: it is not in this process's file system."""
+        path = self.root / BLOCKS / f"{number:05d}.json"
+        self.entries[number] = BlockEntry(**json.loads(path.read_text(encoding="utf-8")))
+
     def refresh(self) -> None:
         """See the blocks that other processes have finished."""
         self.entries = self._read_entries()

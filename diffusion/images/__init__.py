@@ -11,8 +11,11 @@ from diffusion.images.buckets import (
     ASPECT_RATIO_2048_TEST,
     ASPECT_RATIO_2880,
     ASPECT_RATIO_2880_TEST,
+    BucketTable,
+    Measure,
     aspect_ratio_table,
     closest_bucket,
+    with_transposes,
 )
 from diffusion.images.decoding import (
     IMAGE_SUFFIXES,
@@ -40,6 +43,8 @@ __all__ = [
     "ASPECT_RATIO_2880_TEST",
     "IMAGE_SUFFIXES",
     "PREPROCESSING_VERSION",
+    "BucketTable",
+    "Measure",
     "aspect_ratio_table",
     "closest_bucket",
     "crop_box_for",
@@ -57,4 +62,5 @@ __all__ = [
     "to_tensor",
     "to_unit_range",
     "vae_folder",
+    "with_transposes",
 ]

@@ -7,10 +7,13 @@ table scaled, under the same keys. `_TEST` tables are the subsets offered at inf
 from __future__ import annotations
 
 import difflib
+import math
+from typing import Literal
 
 from diffusion.errors import ConfigError
 
 BucketTable = dict[str, tuple[int, int]]
+Measure = Literal["difference", "log"]
 
 # (height, width) in units of 64 px at base 1024.
 _SIZES_1024 = (
@@ -85,14 +88,37 @@ def aspect_ratio_table(name: str) -> BucketTable:
     if name not in _TABLES:
         nearest = difflib.get_close_matches(name, _TABLES, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"aspect_ratio_type={name!r} is unknown; did you mean {nearest!r}? One of {', '.join(_TABLES)}"
+            f"bucket table {name!r} (aspect_ratio_type) is unknown; did you mean {nearest!r}? One of "
+            f"{', '.join(_TABLES)}"
         )
     return _TABLES[name]
 
 
-def closest_bucket(height: float, width: float, table: BucketTable) -> str:
-    """The key of `table` nearest to height / width by absolute difference (the first of two equally near)."""
+def with_transposes(table: BucketTable) -> BucketTable:
+    """The table with the sizes added whose transposed size alone it holds, ordered by ratio.
+
+    In the tables of base 256 to 2048 that is one, 1344 x 704 (1.91) at base 1024: without it, pictures of that shape
+    are cropped more than those on their side.
+    """
+    known = set(table.values())
+    added = {
+        str(round(width / height, 2)): (width, height)
+        for height, width in table.values()
+        if (width, height) not in known
+    }
+    return dict(sorted({**table, **added}.items(), key=lambda item: float(item[0])))
+
+
+def closest_bucket(height: float, width: float, table: BucketTable, measure: Measure = "difference") -> str:
+    """The key of `table` whose ratio is nearest to height / width (the first of two equally near).
+
+    Args:
+        measure: "difference" compares the keys by absolute difference, as the original did; "log" compares the sizes'
+            own ratios by their quotient, so that a picture and the same on its side lie in transposed buckets.
+    """
     if height <= 0 or width <= 0:
         raise ValueError(f"height={height} and width={width} must be positive")
     ratio = height / width
+    if measure == "log":
+        return min(table, key=lambda key: abs(math.log(table[key][0] / table[key][1] / ratio)))
     return min(table, key=lambda key: abs(float(key) - ratio))

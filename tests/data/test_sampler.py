@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.data import AspectRatioBatchSampler, SampleKey
 from diffusion.errors import DataError
+from diffusion.images import aspect_ratio_table, closest_bucket, with_transposes
 
 bucket_lists = st.lists(st.sampled_from("abc"), min_size=1, max_size=60)
 small = st.integers(1, 3)
@@ -93,6 +95,68 @@ def test_position_restores_the_order_mid_epoch(last: str, balance: bool) -> None
         rest = [key for _ in range(3) for micro in resumed for key in micro]
         tail = uninterrupted[step * 4 :]
         assert rest[: len(tail)] == tail
+
+
+@st.composite
+def data_sets(draw: st.DrawFn) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Buckets of mixed resolutions, as pictures of random shapes fall into them, and options of the sampler."""
+    shapes = draw(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 2)), min_size=1))
+    tables = [with_transposes(aspect_ratio_table(f"ASPECT_RATIO_{base}")) for base in (256, 512, 1024)]
+    buckets = [tables[base][closest_bucket(height, width, tables[base], "log")] for height, width, base in shapes]
+    buckets *= draw(st.sampled_from([1, 1, 3, 20]))
+    options: dict[str, Any] = {"seed": draw(st.integers(0, 9)), "last": draw(st.sampled_from(["pad", "drop"]))}
+    kind = draw(st.sampled_from(["plain", "balance", "repeats"]))
+    if kind == "balance":
+        options["balance"] = [str(index % draw(st.integers(1, 5))) for index in range(len(buckets))]
+    if kind == "repeats":
+        rates = draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=3))
+        options["repeats"] = [rates[index * len(rates) // len(buckets)] for index in range(len(buckets))]
+    return buckets, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(data_sets(), st.integers(1, 8), st.integers(1, 5), small, st.data())
+def test_all_ranks_together_draw_the_plan(
+    case: tuple[list[tuple[int, int]], dict[str, Any]], world_size: int, batch_size: int, accumulation: int, data: Any
+) -> None:
+    buckets, options = case
+    sizes = {"batch_size": batch_size, "world_size": world_size, "accumulation": accumulation, **options}
+    try:
+        samplers = [AspectRatioBatchSampler(buckets, rank=rank, **sizes) for rank in range(world_size)]
+    except DataError:
+        # Only when really no bucket fills a batch; repeats and balance draw another number.
+        assert options["last"] == "drop"
+        if not options.keys() & {"balance", "repeats"}:
+            assert max(Counter(buckets).values()) < batch_size * world_size * accumulation
+        return
+    epochs, steps = 2, samplers[0].steps_per_epoch
+    per_rank = [[micro for _ in range(epochs) for micro in sampler] for sampler in samplers]
+    # The same number of full batches on every rank, each of one bucket over all ranks.
+    assert [len(batches) for batches in per_rank] == [epochs * len(samplers[0])] * world_size
+    assert all(len(micro) == batch_size for batches in per_rank for micro in batches)
+    whole = global_batches(per_rank, accumulation)
+    assert all(len({buckets[key.index] for key in batch}) == 1 for batch in whole)
+    # Disjoint: together the ranks have every number of the run once, and the samples of the plan.
+    assert [key.number for batch in whole for key in batch] == list(range(epochs * steps * samplers[0].global_batch))
+    assert [[key.index for key in batch] for batch in whole] == samplers[0].plan(0) + samplers[0].plan(1)
+    drawn = Counter(key.index for batch in whole[:steps] for key in batch)
+    if not options.keys() & {"balance", "repeats"}:
+        if options["last"] == "pad":  # covering, and no sample twice before all of its bucket once
+            assert set(drawn) == set(range(len(buckets)))
+            surplus = Counter({buckets[index]: 0 for index in drawn})
+            for index, count in drawn.items():
+                surplus[buckets[index]] += count - 1
+            assert max(surplus.values()) < samplers[0].global_batch
+        else:  # disjoint over the epoch, and what is left out does not fill a batch of its bucket
+            assert set(drawn.values()) == {1}
+            left = Counter(bucket for index, bucket in enumerate(buckets) if index not in drawn)
+            assert not left or max(left.values()) < samplers[0].global_batch
+    # Deterministic, and resumable at any position on any rank.
+    rank, step = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, epochs * steps - 1))
+    resumed = AspectRatioBatchSampler(buckets, rank=rank, **sizes)
+    resumed.set_position(step)
+    rest = [micro for _ in range(epochs - step // steps) for micro in resumed]
+    assert rest == per_rank[rank][step * accumulation :]
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:

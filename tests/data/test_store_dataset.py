@@ -172,3 +172,29 @@ def test_stores_mix_with_weights(root: Path, tmp_path: Path) -> None:
     other.close()
     with pytest.raises(DataError, match=r"vae \('x', now None\)"):
         build_dataset({**data, "mix": {"c": 1.0}}, **options)  # type: ignore[arg-type]
+
+
+def test_stores_of_other_sizes_mix_when_the_network_takes_many_shapes(tmp_path: Path) -> None:
+    made = {"root": (256, (272, 240)), "large": (512, (512, 512)), "square": (64, (64, 64))}
+    for name, (size, bucket) in made.items():
+        fingerprint = {"image_size": size, "multi_scale": name != "square", "max_length": 120, "vae": "v"}
+        writer = FeatureStoreWriter(tmp_path / name, fingerprint, torch.zeros(1, 8))
+        latents = torch.ones(4, bucket[0] // 8, bucket[1] // 8)
+        for number in range(3):
+            row = FeatureRow(f"{number}", bucket, bucket, (0, 0, 9, 9), latents, latents, ["c"], [torch.zeros(2, 8)])
+            writer.add(row)
+        writer.close()
+    data = {"type": "Store", "root": "root", "mix": {"large": 1.0, "square": 2.0}}
+    options = {"image_size": 256, "model_max_length": 120, "seed": 0, "data_root": tmp_path}
+    mixed = build_dataset(data, **options, aspect_ratio_type="ASPECT_RATIO_256")  # type: ignore[arg-type]
+    assert isinstance(mixed, MixedStores)
+    sampler = AspectRatioBatchSampler(mixed.buckets, batch_size=3, repeats=mixed.repeats)
+    shapes = [tuple(collate([mixed[key] for key in batch]).latents_mean.shape) for batch in sampler]
+    assert sorted(shapes) == [(3, 4, 8, 8)] * 2 + [(3, 4, 34, 30), (3, 4, 64, 64)]
+    with pytest.raises(DataError, match=r"image_size \(512, now 256\).*--image-size 256 --multi-scale"):
+        build_dataset({"type": "Store", "root": "large"}, **options, aspect_ratio_type="ASPECT_RATIO_256")  # type: ignore[arg-type]
+    square = {"type": "Store", "root": "square", "mix": {"root": 1.0}}
+    with pytest.raises(DataError, match=r"image_size \(256, now 64\), multi_scale \(True, now False\)"):
+        build_dataset(square, **{**options, "image_size": 64}, aspect_ratio_type=None)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"max_length \(120, now 300\)"):
+        build_dataset(data, **{**options, "model_max_length": 300}, aspect_ratio_type="ASPECT_RATIO_256")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.errors import DataError
+from diffusion.errors import ConfigError, DataError
 from diffusion.features import ExtractionSettings, FeatureStore, extract_folder
 from diffusion.images import decode_image, encode_moments, load_vae, resize_and_crop, to_tensor
 from diffusion.text import CaptionEncoder
@@ -77,6 +78,26 @@ def test_buckets_keep_the_aspect_ratio(tmp_path: Path, pipeline: Path) -> None:
     store = FeatureStore(tmp_path / "out")
     assert store.buckets() == [(256, 256), (272, 224)] * 2  # 40 / 32 = 1.25 is nearer to 1.21 than to 1.29
     assert store.row(1).latents_mean.shape == (4, 34, 28)
+
+
+def test_buckets_of_another_choice_are_part_of_the_fingerprint(tmp_path: Path, pipeline: Path) -> None:
+    source = make_source(tmp_path / "src", 2)
+    Image.new("RGB", (100, 187), "red").save(source / "images/001.png")  # 1.87: nearer to 1.91 than to 1.75 or 2.0
+    usual = ExtractionSettings(image_size=256, multi_scale=True)
+    extract_folder(source, tmp_path / "usual", pipeline, usual, device="cpu")
+    full = replace(usual, bucket_measure="log", transposes=True)
+    extract_folder(source, tmp_path / "full", pipeline, full, device="cpu")
+    stores = [FeatureStore(tmp_path / name) for name in ("usual", "full")]
+    assert [store.buckets()[1] for store in stores] == [(336, 192), (336, 176)]
+    assert not stores[0].fingerprint.keys() & {"bucket_measure", "bucket_table", "transposes"}
+    with pytest.raises(DataError, match=r"bucket_measure \(None, now 'log'\), transposes \(None, now True\)"):
+        extract_folder(source, tmp_path / "usual", pipeline, full, device="cpu")
+    subset = replace(usual, bucket_table="ASPECT_RATIO_512_TEST")
+    assert subset.bucket_of(416, 144) == (864, 288)  # 2.89 is not in the subset
+    with pytest.raises(ConfigError, match=r"--bucket-measure, --transposes chooses .* add --multi-scale"):
+        replace(full, multi_scale=False)
+    with pytest.raises(ConfigError, match=r"'ASPECT_RATIO_300' .* is unknown"):
+        replace(usual, image_size=300)
 
 
 def test_limit_splits_and_truncation_are_counted(tmp_path: Path, pipeline: Path) -> None:

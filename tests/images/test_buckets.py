@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion import images
 from diffusion.errors import ConfigError
-from diffusion.images import aspect_ratio_table, closest_bucket
+from diffusion.images import aspect_ratio_table, closest_bucket, with_transposes
 
 
 def test_1024_table_has_the_documented_properties() -> None:
@@ -74,6 +76,34 @@ def test_closest_bucket_by_absolute_difference_of_ratios() -> None:
     assert closest_bucket(220, 100, table) == "2.09"
     with pytest.raises(ValueError, match="positive"):
         closest_bucket(0, 10, table)
+
+
+TABLES = [f"ASPECT_RATIO_{base}{kind}" for base in (256, 512, 1024, 2048, 2880) for kind in ("", "_TEST")]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_picture_and_the_same_on_its_side_lie_in_transposed_buckets(name: str) -> None:
+    full = with_transposes(aspect_ratio_table(name))
+    assert {(width, height) for height, width in full.values()} == set(full.values())
+    assert [float(key) for key in full] == sorted(float(key) for key in full)
+    assert aspect_ratio_table(name).items() <= full.items()
+    for height, width in ((100, 191), (333, 1000), (640, 480), (77, 100), (999, 1000), (10, 90)):
+        upright, turned = (full[closest_bucket(*size, full, "log")] for size in ((height, width), (width, height)))
+        assert upright == turned[::-1]
+
+
+def test_only_one_transpose_is_missing() -> None:
+    for base, size in ((256, (336, 176)), (1024, (1344, 704))):
+        table = aspect_ratio_table(f"ASPECT_RATIO_{base}")
+        assert with_transposes(table).items() - table.items() == {("1.91", size)}
+
+
+@given(st.floats(0.05, 20), st.sampled_from(TABLES))
+def test_the_nearest_bucket_in_log_space_is_the_one_that_crops_least(ratio: float, name: str) -> None:
+    table = aspect_ratio_table(name)
+    # A picture of 1 x ratio covers h x w and loses the share by which the ratios differ.
+    kept = {key: min(h / w / ratio, ratio / (h / w)) for key, (h, w) in table.items()}
+    assert kept[closest_bucket(ratio, 1, table, "log")] == pytest.approx(max(kept.values()))
 
 
 def test_unknown_table_names_the_nearest() -> None:

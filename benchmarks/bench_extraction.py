@@ -1,0 +1,409 @@
+"""Extraction on one card against the original's way: captions by T5-XXL, pictures by the VAE, with random weights.
+
+    python benchmarks/bench_extraction.py --out benchmarks/results/extraction_h100.json
+    python benchmarks/bench_extraction.py --tiny --device cpu --out /tmp/extraction.json
+
+Ours is what tools/extract_features.py does: files decoded by threads, captions packed by length, rows written to a
+store that is synced to the disk. The original's way is one caption a call, padded to 120 tokens, into a compressed npz,
+and one picture a call in float32 into a npy; also with its 20 threads around one lock, which overlap the compression.
+Rates are rows on the disk a second, after a first part that is not timed. FLOPs count real tokens, not padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from report import write_report
+
+from diffusion.errors import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "output/pretrained_models/emoji-256/tokenizer"
+MAX_TOKENS, MEAN_TOKENS = 120, 60
+ORIGINAL_THREADS = 20
+T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+T5_TINY = {"vocab_size": 32128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+VAE_FULL, VAE_TINY = (128, 256, 512, 512), (8, 8, 8, 8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    parser.add_argument("--captions", type=int, default=6144, help="by our extraction (default: %(default)s)")
+    parser.add_argument("--original-captions", type=int, default=192, help="by the original's (default: %(default)s)")
+    parser.add_argument(
+        "--pictures", nargs="+", default=["256:4096:192:64", "512:2048:96:32", "1024:512:32:8"],
+        help="PX:OURS:ORIGINAL:BATCH, numbers of pictures by either way and in a VAE call (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--token-budget", type=int, default=16384, help="tokens a T5 call (default: %(default)s)")
+    parser.add_argument("--rows-per-shard", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="tiny encoders, to try the program on a CPU")
+    parser.add_argument("--folder", type=Path, help="where files are read and written (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
+    args = parser.parse_args()
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        figures = measure(args, Path(name))
+    write_report(args.out, figures)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from diffusion.devices import choose_device
+
+    device = choose_device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = matmul_rate(device, 512 if args.tiny else 8192)
+    say(f"{name}: {peak / 1e12:.1f} TFLOP/s")
+    figures: dict[str, Any] = {
+        "benchmark": "extraction of captions and pictures against the original's way, random weights",
+        "device": name,
+        "matmul_tflops": round(peak / 1e12, 2),
+    }
+    figures["captions"] = captions(args, folder, device, peak)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    figures["pictures"] = pictures(args, folder, device, peak)
+    return figures
+
+
+def matmul_rate(device: Any, size: int) -> float:
+    """FLOP/s of a square matrix product in the encoders' precision, the best of five."""
+    import torch
+
+    dtype = compute_dtype(device)
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    best, repeats = float("inf"), 20 if device.type == "cuda" else 2
+    for _ in range(5):
+        finish(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        finish(device)
+        best = min(best, (time.perf_counter() - started) / repeats)
+    return 2 * size**3 / best
+
+
+def compute_dtype(device: Any) -> Any:
+    import torch
+
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def finish(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def timed(device: Any, work: Callable[[], object]) -> float:
+    """Seconds of a call, the device's work included."""
+    finish(device)
+    started = time.perf_counter()
+    work()
+    finish(device)
+    return time.perf_counter() - started
+
+
+# Captions
+
+
+def captions(args: argparse.Namespace, folder: Path, device: Any, peak: float) -> dict[str, Any]:
+
+    from diffusion.features import ExtractionSettings
+    from diffusion.features.sources import PictureFile, Sample
+
+    encoder = build_text_encoder(args.tiny, device)
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    say(f"T5 of {parameters / 1e9:.2f} B parameters")
+    texts, lengths = make_captions(encoder, args.captions + args.rows_per_shard)
+    settings = ExtractionSettings(token_budget=args.token_budget, max_length=MAX_TOKENS)
+    nowhere = PictureFile(folder / "none")
+    samples = [Sample(f"{number}", nowhere, (text,)) for number, text in enumerate(texts)]
+    warm, rest = samples[: args.rows_per_shard], samples[args.rows_per_shard :]
+    store = Store(folder / "captions", args.rows_per_shard, encoder.hidden_size)
+    store.write(warm, settings, encoder, None)
+    seconds = timed(device, lambda: store.write(rest, settings, encoder, None))
+    alone = timed(
+        device, lambda: encoder.encode_unpadded([s.captions[0] for s in rest], token_budget=args.token_budget)
+    )
+    flops = sum(t5_flops(encoder.model.config, length) for length in lengths[args.rows_per_shard :])
+    few = texts[: args.original_captions]
+    one_by_one, threaded = original_captions(encoder, few, folder / "npz", device)
+    rate = len(rest) / seconds
+    result = {
+        "parameters": parameters,
+        "mean_tokens": round(sum(lengths) / len(lengths), 1),
+        "max_tokens": max(lengths),
+        "ours_per_s": round(rate, 2),
+        "ours_encoding_alone_per_s": round(len(rest) / alone, 2),
+        "original_one_by_one_per_s": round(one_by_one, 2),
+        "original_20_threads_per_s": round(threaded, 2),
+        "ratio": round(rate / one_by_one, 1),
+        "ratio_to_20_threads": round(rate / threaded, 1),
+        "share_of_matmul_rate": round(flops / seconds / peak, 6),
+        "share_of_matmul_rate_encoding_alone": round(flops / alone / peak, 6),
+    }
+    say(f"captions: {result}")
+    return result
+
+
+def build_text_encoder(tiny: bool, device: Any) -> Any:
+    """T5-XXL's encoder with random weights, made on the device, and the bundled tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    from diffusion.text import CaptionEncoder
+
+    config = T5Config(**(T5_TINY if tiny else T5_XXL), feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    usual = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(compute_dtype(device))
+    try:
+        with device:
+            model = T5EncoderModel(config)
+    finally:
+        torch.set_default_dtype(usual)
+    return CaptionEncoder(AutoTokenizer.from_pretrained(str(TOKENIZER)), model, max_length=MAX_TOKENS)
+
+
+def make_captions(encoder: Any, count: int) -> tuple[list[str], list[int]]:
+    """Captions of bundled words with 1 to 120 tokens, 60 on average, and their numbers of tokens."""
+    import json
+
+    lines = (ROOT / "data/emoji/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    words = sorted({word for line in lines for word in json.loads(line)["text"].split()})
+    sizes = [len(ids) - 1 for ids in encoder.tokenizer(words)["input_ids"]]
+    rng, texts = random.Random(0), []
+    for _ in range(count):
+        # Symmetric about the mean, and seldom at the ends.
+        wanted, chosen = round(2 * MEAN_TOKENS * rng.betavariate(2, 2)) - 1, []
+        while wanted > 0:
+            number = rng.randrange(len(words))
+            chosen.append(words[number])
+            wanted -= sizes[number]
+        texts.append(" ".join(chosen) or words[0])
+    lengths = [min(len(ids), MAX_TOKENS) for ids in encoder.tokenizer(texts)["input_ids"]]
+    return texts, lengths
+
+
+def t5_flops(config: Any, length: int) -> float:
+    """Of one caption of `length` tokens: projections, feed-forward, and the two products of attention."""
+    inner = config.num_heads * config.d_kv
+    weights = 4 * config.d_model * inner + 3 * config.d_model * config.d_ff
+    return config.num_layers * (2.0 * weights * length + 4.0 * inner * length * length)
+
+
+def original_captions(encoder: Any, texts: Sequence[str], folder: Path, device: Any) -> tuple[float, float]:
+    """Captions a second: one after the other, and by 20 threads that share one lock around the encoder."""
+    import numpy as np
+    import torch
+
+    folder.mkdir()
+    lock = threading.Lock()
+
+    @torch.no_grad()
+    def extract(job: tuple[int, str]) -> None:
+        with lock:
+            batch = encoder.tokenizer(
+                job[1], max_length=MAX_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
+            ).to(device)
+            embeds = encoder.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            feature, mask = embeds.float().cpu().numpy(), batch["attention_mask"].cpu().numpy()
+        np.savez_compressed(folder / f"{job[0]}.npz", caption_feature=feature, attention_mask=mask)
+
+    jobs = list(enumerate(texts))
+    for job in jobs[:4]:
+        extract(job)
+    one_by_one = timed(device, lambda: list(map(extract, jobs)))
+    with ThreadPoolExecutor(ORIGINAL_THREADS) as pool:
+        threaded = timed(device, lambda: list(pool.map(extract, jobs)))
+    return len(jobs) / one_by_one, len(jobs) / threaded
+
+
+class Store:
+    """Our extraction into a store; of rows that lack captions or latents, stand-ins of one number are written."""
+
+    def __init__(self, root: Path, rows_per_shard: int, channels: int) -> None:
+        import torch
+
+        from diffusion.features import FeatureStoreWriter
+
+        self.writer, self.rows_per_shard = FeatureStoreWriter(root, {}, torch.zeros(1, channels)), rows_per_shard
+        self.channels = channels
+
+    def write(self, samples: Sequence[Any], settings: Any, encoder: Any, vae: Any) -> None:
+        from diffusion.features.extract import write_behind
+        from diffusion.features.stages import Block, encode_blocks
+
+        parts = [samples[start : start + self.rows_per_shard] for start in range(0, len(samples), self.rows_per_shard)]
+        blocks = [Block(number, part) for number, part in zip(self.writer.free_numbers(), parts)]
+        rows = sum(
+            len(block.rows) for block in write_behind(encode_blocks(blocks, settings, encoder, vae), self.commit)
+        )
+        assert rows == len(samples)
+
+    def commit(self, block: Any) -> None:
+        import torch
+
+        for row in block.rows:
+            if not row.caption_embeds:
+                row.caption_embeds = [torch.zeros(1, 1)]
+            if row.latents_mean.ndim != 3:
+                row.latents_mean = row.latents_std = torch.zeros(1, 1, 1)
+        self.writer.commit_block(block)
+
+
+# Pictures
+
+
+def pictures(args: argparse.Namespace, folder: Path, device: Any, peak: float) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for entry in args.pictures:
+        px, ours, original, batch_size = map(int, entry.split(":"))
+        jpegs = make_jpegs(folder / f"jpeg{px}", ours + 2 * batch_size, px)
+        results[str(px)] = {
+            "batch_size": batch_size,
+            **our_pictures(px, batch_size, jpegs, args, folder, device, peak),
+            "original_per_s": round(original_pictures(jpegs[:original], folder / f"npy{px}", px, args.tiny, device), 2),
+        }
+        results[str(px)]["ratio"] = round(results[str(px)]["ours_per_s"] / results[str(px)]["original_per_s"], 1)
+        say(f"{px} px: {results[str(px)]}")
+    return results
+
+
+def our_pictures(
+    px: int, batch_size: int, paths: Sequence[Path], args: argparse.Namespace, folder: Path, device: Any, peak: float
+) -> dict[str, Any]:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diffusion.features import ExtractionSettings
+    from diffusion.features.sources import PictureFile, Sample
+
+    samples = [Sample(path.name, PictureFile(path), ("c",)) for path in paths]
+    warm, rest = samples[: 2 * batch_size], samples[2 * batch_size :]
+    settings = ExtractionSettings(image_size=px, batch_size=batch_size)
+    vae = build_vae(args.tiny, device, compute_dtype(device))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(torch.zeros(1, 3, px, px, device=device, dtype=vae.dtype))
+    flops = counter.get_total_flops()
+    store = Store(folder / f"store{px}", args.rows_per_shard, 1)
+    store.write(warm, settings, None, vae)
+    rate = len(rest) / timed(device, lambda: store.write(rest, settings, None, vae))
+    alone = vae_alone(vae, torch.zeros(batch_size, 3, px, px, device=device), device)
+    return {
+        "ours_per_s": round(rate, 2),
+        "ours_encoding_alone_per_s": round(alone, 2),
+        "ours_decoding_alone_per_s": round(decoding_alone(rest[: max(1, len(rest) // 2)], settings), 2),
+        "gflop_a_picture": round(flops / 1e9, 3),
+        "share_of_matmul_rate": round(flops * rate / peak, 6),
+        "share_of_matmul_rate_encoding_alone": round(flops * alone / peak, 6),
+    }
+
+
+def make_jpegs(folder: Path, count: int, px: int) -> list[Path]:
+    """JPEG files of 4:3 whose shorter side is 1.25 px: 32 different ones, under as many names as asked for."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    height, width, rng = px * 5 // 4, px * 5 // 3, np.random.default_rng(px)
+    paths = []
+    for number in range(count):
+        path = folder / f"{number:05d}.jpg"
+        if number < 32:
+            coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+            grain = rng.integers(-12, 13, smooth.shape, dtype=np.int16)
+            Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        else:
+            path.hardlink_to(paths[number % 32])
+        paths.append(path)
+    return paths
+
+
+def build_vae(tiny: bool, device: Any, dtype: Any) -> Any:
+    """The VAE of Stable Diffusion with random weights."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=VAE_TINY if tiny else VAE_FULL,
+        layers_per_block=2,
+        norm_num_groups=4 if tiny else 32,
+        latent_channels=4,
+        sample_size=512,
+    )
+    return vae.to(device, dtype).eval().requires_grad_(False)
+
+
+def vae_alone(vae: Any, pixels: Any, device: Any) -> float:
+    """Pictures a second when they are on the device already."""
+    from diffusion.images import encode_moments
+
+    encode_moments(vae, pixels)
+    calls = 8 if device.type == "cuda" else 2
+    return calls * len(pixels) / timed(device, lambda: [encode_moments(vae, pixels) for _ in range(calls)])
+
+
+def decoding_alone(samples: Sequence[Any], settings: Any) -> float:
+    """Pictures a second when nothing encodes them, by as many threads as the extraction takes."""
+    import os
+
+    from diffusion.features.stages import decode_sample
+
+    with ThreadPoolExecutor(max(4, min(32, os.cpu_count() or 4))) as pool:
+        started = time.perf_counter()
+        drain(pool.map(lambda sample: decode_sample(sample, settings), samples))
+        return len(samples) / (time.perf_counter() - started)
+
+
+def drain(items: Iterable[object]) -> None:
+    for _ in items:
+        pass
+
+
+def original_pictures(paths: Sequence[Path], folder: Path, px: int, tiny: bool, device: Any) -> float:
+    """Pictures a second of one loop: decode, resize, crop, one call in float32, one npy."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision import transforms as T
+
+    folder.mkdir()
+    vae = build_vae(tiny, device, torch.float32)
+    transform = T.Compose([T.Resize(px), T.CenterCrop(px), T.ToTensor(), T.Normalize([0.5], [0.5])])
+
+    @torch.no_grad()
+    def extract(path: Path) -> None:
+        pixels = transform(Image.open(path).convert("RGB"))[None].to(device)
+        posterior = vae.encode(pixels).latent_dist
+        moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().squeeze()
+        np.save(folder / f"{path.stem}.npy", moments)
+
+    for path in paths[:3]:
+        extract(path)
+    return len(paths) / timed(device, lambda: list(map(extract, paths)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
