@@ -9,11 +9,35 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import xxhash
 
 from diffusion.errors import WorkDirLockedError
 
 TEMPORARY = ".tmp-"
+
+
+def add_file(digest: Any, path: Path) -> Any:
+    """Update a digest of hashlib or xxhash with a file's bytes, block by block; returns the digest."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file, in hexadecimal: detects damage, not tampering."""
+    return str(add_file(xxhash.xxh3_128(), path).hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -31,11 +55,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 class FolderLock:

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from diffusion.checkpoints.hub import endpoint, explained
 from diffusion.checkpoints.published import PUBLISHED, Published
 from diffusion.errors import CheckpointError, StorageError
+from diffusion.files import add_file
 
 OUTPUT_DIR = "output/pretrained_models"
 
@@ -159,17 +159,9 @@ def _require_space(missing: list[tuple[RemoteFile, Path]], output_dir: Path) -> 
 
 def file_sha256(path: Path) -> str:
     """By which the hub and others tell published files."""
-    with path.open("rb") as file:
-        return _digest(file, hashlib.sha256())
+    return str(add_file(hashlib.sha256(), path).hexdigest())
 
 
 def _git_sha1(path: Path) -> str:
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as file:
-        return _digest(file, digest)
-
-
-def _digest(file: BinaryIO, digest: hashlib._Hash) -> str:
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return str(digest.hexdigest())
+    return str(add_file(digest, path).hexdigest())

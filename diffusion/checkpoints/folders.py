@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion.errors import CheckpointError, StorageError
+from diffusion.files import TEMPORARY
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists; choose another folder or remove it first")
-    aside = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}"
+    aside = folder.parent / f"{TEMPORARY}{folder.name}-{uuid.uuid4().hex[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         aside.mkdir()
@@ -45,7 +46,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     if path.exists():
         raise CheckpointError(f"{path} exists; choose another name or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield aside
         os.replace(aside, path)

@@ -8,39 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import xxhash
-
 from diffusion.errors import CheckpointError, StorageError
+from diffusion.files import hash_file, sync
 
 LOGGER = logging.getLogger("pixart")
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file: detects damage, not tampering."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def staging_folder(root: Path, step: int) -> Path:

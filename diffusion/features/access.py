@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from diffusion.errors import DataError
 from diffusion.features.manifest import REMEDY
-from diffusion.files import TEMPORARY
+from diffusion.files import TEMPORARY, hash_file
 
 CACHE_VARIABLE = "PIXART_CACHE"
 
@@ -66,7 +64,7 @@ class StoreFiles:
             raise DataError(f"{name} is missing; {REMEDY}")
         if path.stat().st_size != entry["bytes"]:
             raise DataError(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}: truncated; {REMEDY}")
-        if verify and hash_of(path) != entry["xxh3_128"]:
+        if verify and hash_file(path) != entry["xxh3_128"]:
             raise DataError(f"{name} is damaged (its hash differs); {REMEDY}")
         return path
 
@@ -81,7 +79,7 @@ class StoreFiles:
         try:
             system, path = fsspec.url_to_fs(f"{self.url}/{name}")
             system.get_file(path, str(aside))
-            if entry is not None and (aside.stat().st_size != entry["bytes"] or hash_of(aside) != entry["xxh3_128"]):
+            if entry is not None and (aside.stat().st_size != entry["bytes"] or hash_file(aside) != entry["xxh3_128"]):
                 raise DataError(f"{self.url}/{name} arrived damaged; try again, or verify the store where it lies")
             aside.replace(target)
         except FileNotFoundError:
@@ -95,12 +93,3 @@ class StoreFiles:
             raise DataError(f"{self.url}/{name} cannot be fetched ({reason}); check the URL and the network") from error
         finally:
             aside.unlink(missing_ok=True)
-
-
-def hash_of(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

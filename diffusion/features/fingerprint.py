@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
+from diffusion.files import add_file
 from diffusion.images import vae_folder
 from diffusion.text import text_folders
 
@@ -19,9 +20,7 @@ def hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        add_file(digest, path)
     return digest.hexdigest()
 
 

@@ -89,7 +89,8 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
         seed=config.seed,
         data_root=config.data_root,
     )
-    if config.pipeline_load_from is not None and not isinstance(dataset, OriginalLayout):
+    # Validation reads another split of the store that training has checked; the encoders need not be hashed again.
+    if split is None and config.pipeline_load_from is not None and not isinstance(dataset, OriginalLayout):
         for store in dataset.feature_stores:
             check_encoders(store.root, store.fingerprint, config.pipeline_load_from)
     channels = getattr(dataset, "caption_channels", config.caption_channels)

@@ -75,16 +75,22 @@ def _muon(
         for name, parameter in model.named_parameters()
         if "blocks." in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
     }
-    momentum = {"momentum": options.pop("momentum")} if "momentum" in options else {}
-    adamw = {"betas": (0.9, 0.999), "eps": _ADAM_EPS, **options}
-    groups: list[dict[str, Any]] = []
-    for group in parameter_groups(model, weight_decay):
-        for use_muon in (True, False):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon]
-            if chosen:
-                own = {**momentum, "use_adjusted_lr": True} if use_muon else adamw
-                groups.append({**group, "params": chosen, "use_muon": use_muon, "lr": lr, **own})
-    return cls(groups, lr=lr, use_adjusted_lr=True)
+    groups = [
+        {**group, "params": chosen, "use_muon": use_muon}
+        for group in parameter_groups(model, weight_decay)
+        for use_muon in (True, False)
+        if (chosen := [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon])
+    ]
+    momentum = {"momentum": options["momentum"]} if "momentum" in options else {}
+    return cls(
+        groups,
+        lr=lr,
+        use_adjusted_lr=True,
+        adamw_lr=lr,
+        adamw_betas=options.get("betas", (0.9, 0.999)),
+        adamw_eps=options.get("eps", _ADAM_EPS),
+        **momentum,
+    )
 
 
 def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

@@ -21,9 +21,10 @@ from diffusion.checkpoints import (
     save_tensors,
     save_transformer,
 )
-from diffusion.checkpoints.training_state import require_free_space, sync
+from diffusion.checkpoints.training_state import require_free_space
 from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, ConfigError
+from diffusion.files import sync
 from diffusion.models import build_model
 from diffusion.training.building import model_options
 from diffusion.training.optimization import blend

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
 from diffusion.features.sources.sample import (
+    Maker,
     PictureFile,
     Sample,
     Source,
@@ -25,7 +26,6 @@ from diffusion.images import IMAGE_SUFFIXES
 METADATA = ("metadata.jsonl", "metadata.csv")
 _ROW = "a row is {'file_name': 'a.png', 'text': 'a caption'}"
 _BOM = b"\xef\xbb\xbf"
-_Maker = tuple[str, Callable[[], Sample]]
 
 
 def read_folder(root: str | Path, splits: Sequence[str] | None = None) -> list[Sample]:
@@ -66,10 +66,10 @@ def scan_folder(root: str | Path, splits: Sequence[str] | None = None) -> Source
     return collect(str(root), f"ImageFolder ({index.name})", [*makers, *unlisted], splits)
 
 
-def find_pictures(root: Path) -> tuple[dict[str, Path], list[_Maker]]:
+def find_pictures(root: Path) -> tuple[dict[str, Path], list[Maker]]:
     """Key -> path of all pictures below a folder, hidden ones left out; and those whose keys clash."""
     found: dict[str, Path] = {}
-    clashes: list[_Maker] = []
+    clashes: list[Maker] = []
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
@@ -83,7 +83,7 @@ def find_pictures(root: Path) -> tuple[dict[str, Path], list[_Maker]]:
     return found, clashes
 
 
-def _metadata(index: Path, pictures: dict[str, Path], named: set[str]) -> Iterator[_Maker]:
+def _metadata(index: Path, pictures: dict[str, Path], named: set[str]) -> Iterator[Maker]:
     """Makers of the rows; keys that a row names, usable or not, go into `named`."""
     rows = _csv_rows(index) if index.suffix == ".csv" else json_lines(index)
     for place, row in rows:
@@ -133,7 +133,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield f"{path} line {reader.line_num}", f"{path} line {reader.line_num} is not CSV ({error})"
 
 
-def _sidecars(root: Path, pictures: dict[str, Path]) -> Iterator[_Maker]:
+def _sidecars(root: Path, pictures: dict[str, Path]) -> Iterator[Maker]:
     texts = {path.with_suffix("") for path in root.rglob("*.txt") if not path.name.startswith(".")}
     for key, path in pictures.items():
         texts.discard(path.with_suffix(""))

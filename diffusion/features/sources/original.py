@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
 from diffusion.features.sources.folder import find_pictures, read_text
 from diffusion.features.sources.sample import (
+    Maker,
     PictureFile,
     Sample,
     Source,
@@ -29,7 +30,6 @@ from diffusion.images import IMAGE_SUFFIXES
 
 # Where the original's programs look for the pictures of a list, besides the root itself.
 _PICTURE_FOLDERS = ("", "InternImgs", "InternalImgs", "images", "Images")
-_Maker = tuple[str, Callable[[], Sample]]
 
 
 def read_json_list(path: Path) -> list[Any]:
@@ -66,7 +66,7 @@ def picture_roots(root: Path) -> list[Path]:
     return list(dict.fromkeys(folder for folder in roots if folder.is_dir()))
 
 
-def _listed_items(paths: Sequence[Path], roots: list[Path]) -> Iterator[_Maker]:
+def _listed_items(paths: Sequence[Path], roots: list[Path]) -> Iterator[Maker]:
     for path in paths:
         for number, item in enumerate(read_json_list(path)):
             place = f"{path} item {number}"

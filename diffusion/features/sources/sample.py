@@ -80,6 +80,9 @@ class Sample:
         return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
+Maker = tuple[str, Callable[[], Sample]]  # the name of a row, and the function that makes its sample
+
+
 @dataclass(frozen=True)
 class Rejected:
     """What cannot become a sample: a name, the reason in one line, and the picture's `stat` when it was tried."""
@@ -174,9 +177,7 @@ def inside(root: Path, name: object, place: str) -> Path:
     raise DataError(f"{place}: {name[:200]!r} leaves {root}; keep pictures inside the folder")
 
 
-def collect(
-    place: str, kind: str, makers: Iterable[tuple[str, Callable[[], Sample]]], splits: Sequence[str] | None = None
-) -> Source:
+def collect(place: str, kind: str, makers: Iterable[Maker], splits: Sequence[str] | None = None) -> Source:
     """Run one maker a row: its sample, or the DataError it raises as a rejection; a key that comes twice is one too.
 
     Args:

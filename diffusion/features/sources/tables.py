@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from diffusion.errors import DataError
-from diffusion.features.sources.sample import CAPTION_COLUMNS, Sample, Source, collect, make_sample, normal_key
+from diffusion.features.sources.sample import CAPTION_COLUMNS, Maker, Sample, Source, collect, make_sample, normal_key
 from diffusion.images import read_picture
 
 HUB = "hub:"
@@ -92,7 +92,7 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     yield from parts.items()
 
 
-def _rows(name: str, table: Any, prefix: str) -> Iterator[tuple[str, Callable[[], Sample]]]:
+def _rows(name: str, table: Any, prefix: str) -> Iterator[Maker]:
     import datasets
 
     features = table.features

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
-from diffusion.features.sources.sample import Sample, Source, collect, make_sample, normal_key, refuse
+from diffusion.features.sources.sample import Maker, Sample, Source, collect, make_sample, normal_key, refuse
 from diffusion.images import IMAGE_SUFFIXES
 
 _MAX_TEXT_BYTES = 10_000_000
@@ -53,7 +53,7 @@ def scan_tars(paths: Sequence[Path], splits: Sequence[str] | None = None) -> Sou
     return collect(str(paths[0].parent if len(paths) > 1 else paths[0]), "webdataset", makers, splits)
 
 
-def _tar(path: Path) -> Iterator[tuple[str, Callable[[], Sample]]]:
+def _tar(path: Path) -> Iterator[Maker]:
     groups: dict[str, dict[str, _Member]] = {}
     damage = None
     try:
