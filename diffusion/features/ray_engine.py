@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class RayEngine:
         )
 
     @property
-    def _resources(self) -> dict[str, int]:
+    def _resources(self) -> dict[str, Any]:
         return {"num_cpus": 0, "num_gpus": 1} if self.on_gpu else {"num_cpus": 1}
 
     def run(self, blocks: Sequence[Block], writer: FeatureStoreWriter) -> Iterator[int]:
@@ -100,7 +100,7 @@ class RayEngine:
             # Arguments from a function keep Ray from fusing the stages, which would decode inside of the actors.
             .map(partial(_decode, settings=self.settings), num_cpus=1, ray_remote_args_fn=_spread)
             .map(
-                _Actor,
+                cast(Any, _Actor),  # Ray's types know functions alone
                 fn_constructor_args=(self.encoders, self.settings, self.device, writer.root.absolute()),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(blocks))),
                 **self._resources,
