@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
     parser.add_argument("--kl-weight", type=float, default=1e-5, help="factor of the KL term (default 1e-5)")
     parser.add_argument("--detail-weight", type=float, default=0.0, help="factor of the fine-detail term (default 0)")
+    parser.add_argument(
+        "--latent-noise", type=float, default=0.0, help="the decoder sees latents disturbed by up to this many std"
+    )
     parser.add_argument("--start", type=Path, help="go on from this vae folder")
     parser.add_argument("--decoder-only", action="store_true", help="with --start: keep its encoder and latents")
     parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
@@ -40,6 +43,7 @@ def main() -> None:
         learning_rate=args.lr,
         kl_weight=args.kl_weight,
         detail_weight=args.detail_weight,
+        latent_noise=args.latent_noise,
         steps=args.steps,
         seconds=args.seconds,
     )

@@ -46,6 +46,7 @@ class AutoencoderConfig:
     kl_weight: float = 1e-5
     edge_weight: float = 1.0
     detail_weight: float = 0.0
+    latent_noise: float = 0.0
     ema_rate: float = 0.998
     steps: int | None = None
     seconds: float | None = None
@@ -138,16 +139,19 @@ def augment(pixels: Tensor, crop: int, generator: torch.Generator) -> Tensor:
 
 
 class AutoencoderObjective(nn.Module):
-    """pixels (B, 3, H, W), noise (B, 4, H/8, W/8) -> reconstruction and moments, all float32."""
+    """pixels (B, 3, H, W), noise (B, 4, H/8, W/8) -> reconstruction and moments, all float32.
+
+    disturbance: (B, 1, 1, 1), std of the noise beyond the posterior's, in units of the latents' std.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, noise: Tensor, disturbance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.vae.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + noise * (0.5 * log_variance).exp()
+        latents = mean + noise * (log_variance.exp() + (disturbance * mean.detach().std()).square()).sqrt()
         return self.vae.decode(latents).sample.float(), mean, log_variance
 
 
@@ -249,10 +253,11 @@ def _fit(
         chosen = torch.randint(len(pictures), (config.batch_size,), generator=generator, device=device)
         pixels = augment(to_signed(pictures[chosen]), config.crop, generator).contiguous(memory_format=layout)
         noise = torch.randn(len(pixels), 4, side, side, generator=generator, device=device)
+        disturbance = config.latent_noise * torch.rand(len(pixels), 1, 1, 1, generator=generator, device=device)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, share, config.warmup_steps)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cuda):
-            found, mean, log_variance = objective(pixels, noise)
+            found, mean, log_variance = objective(pixels, noise, disturbance)
         pixel, edge, kl = (found - pixels).abs().mean(), edge_loss(found, pixels), kl_loss(mean, log_variance)
         detail = detail_loss(found, pixels)
         loss = pixel + config.edge_weight * edge + config.detail_weight * detail + config.kl_weight * kl

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from diffusion.errors import ConfigError, DataError
 from diffusion.training.autoencoder import (
     AutoencoderConfig,
+    AutoencoderObjective,
     augment,
     build_autoencoder,
     equalize_latents,
@@ -162,6 +163,32 @@ def test_decoder_alone_keeps_the_latents(trained: tuple[Path, dict[str, Any]], d
     assert metrics["scaling_factor"] == trained[1]["scaling_factor"]
     with pytest.raises(ConfigError, match="needs a start"):
         train_autoencoder(data, tmp_path / "x", config, decoder_only=True)
+
+
+def test_disturbance_is_in_units_of_the_latents_std(trained: tuple[Path, dict[str, Any]]) -> None:
+    objective = AutoencoderObjective(AutoencoderKL.from_pretrained(trained[0], torch_dtype=torch.float32))
+    seen: list[torch.Tensor] = []
+    objective.vae.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels, noise = torch.rand(16, 3, SIDE, SIDE) * 2 - 1, torch.randn(16, 4, SIDE // 8, SIDE // 8)
+    levels = torch.tensor([0.0, 0.5] * 8).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        _, mean, log_variance = objective(pixels, noise, levels)
+    added = seen[0] - mean
+    torch.testing.assert_close(added[::2], (noise * (0.5 * log_variance).exp())[::2])
+    excess = added[1::2].square() / noise[1::2].square() - log_variance[1::2].exp()
+    torch.testing.assert_close(excess, (0.5 * mean.std()).square().expand_as(excess), rtol=1e-3, atol=1e-4)
+
+
+def test_the_decoder_is_trained_on_disturbed_latents(
+    trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for level in (0.0, 3.0):
+        config = tiny_config(steps=1, latent_noise=level)
+        folder = tmp_path / str(level) / "vae"
+        metrics = train_autoencoder(data, folder, config, start=trained[0], decoder_only=True)
+        losses.append(metrics["history"][0]["pixel"])
+    assert losses[1] != losses[0]
 
 
 def test_kl_loss_is_the_closed_form() -> None:
