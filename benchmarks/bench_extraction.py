@@ -14,21 +14,21 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from original_extraction import original_captions, original_pictures
 from report import write_report
+from timing import compute_dtype, matmul_rate, timed
 
 from diffusion.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "output/pretrained_models/emoji-256/tokenizer"
 MAX_TOKENS, MEAN_TOKENS = 120, 60
-ORIGINAL_THREADS = 20
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_TINY = {"vocab_size": 32128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 VAE_FULL, VAE_TINY = (128, 256, 512, 512), (8, 8, 8, 8)
@@ -77,47 +77,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def matmul_rate(device: Any, size: int) -> float:
-    """FLOP/s of a square matrix product in the encoders' precision, the best of five."""
-    import torch
-
-    dtype = compute_dtype(device)
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
-    best, repeats = float("inf"), 20 if device.type == "cuda" else 2
-    for _ in range(5):
-        finish(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        finish(device)
-        best = min(best, (time.perf_counter() - started) / repeats)
-    return 2 * size**3 / best
-
-
-def compute_dtype(device: Any) -> Any:
-    import torch
-
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def finish(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def timed(device: Any, work: Callable[[], object]) -> float:
-    """Seconds of a call, the device's work included."""
-    finish(device)
-    started = time.perf_counter()
-    work()
-    finish(device)
-    return time.perf_counter() - started
 
 
 # Captions
@@ -144,7 +105,7 @@ def captions(args: argparse.Namespace, folder: Path, device: Any, peak: float) -
     )
     flops = sum(t5_flops(encoder.model.config, length) for length in lengths[args.rows_per_shard :])
     few = texts[: args.original_captions]
-    one_by_one, threaded = original_captions(encoder, few, folder / "npz", device)
+    one_by_one, threaded = original_captions(encoder, few, folder / "npz", device, MAX_TOKENS)
     rate = len(rest) / seconds
     result = {
         "parameters": parameters,
@@ -209,33 +170,6 @@ def t5_flops(config: Any, length: int) -> float:
     return config.num_layers * (2.0 * weights * length + 4.0 * inner * length * length)
 
 
-def original_captions(encoder: Any, texts: Sequence[str], folder: Path, device: Any) -> tuple[float, float]:
-    """Captions a second: one after the other, and by 20 threads that share one lock around the encoder."""
-    import numpy as np
-    import torch
-
-    folder.mkdir()
-    lock = threading.Lock()
-
-    @torch.no_grad()
-    def extract(job: tuple[int, str]) -> None:
-        with lock:
-            batch = encoder.tokenizer(
-                job[1], max_length=MAX_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
-            ).to(device)
-            embeds = encoder.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            feature, mask = embeds.float().cpu().numpy(), batch["attention_mask"].cpu().numpy()
-        np.savez_compressed(folder / f"{job[0]}.npz", caption_feature=feature, attention_mask=mask)
-
-    jobs = list(enumerate(texts))
-    for job in jobs[:4]:
-        extract(job)
-    one_by_one = timed(device, lambda: list(map(extract, jobs)))
-    with ThreadPoolExecutor(ORIGINAL_THREADS) as pool:
-        threaded = timed(device, lambda: list(pool.map(extract, jobs)))
-    return len(jobs) / one_by_one, len(jobs) / threaded
-
-
 class Store:
     """Our extraction into a store; of rows that lack captions or latents, stand-ins of one number are written."""
 
@@ -280,7 +214,7 @@ def pictures(args: argparse.Namespace, folder: Path, device: Any, peak: float) -
         results[str(px)] = {
             "batch_size": batch_size,
             **our_pictures(px, batch_size, jpegs, args, folder, device, peak),
-            "original_per_s": round(original_pictures(jpegs[:original], folder / f"npy{px}", px, args.tiny, device), 2),
+            "original_per_s": round(original_rate(jpegs[:original], folder / f"npy{px}", px, args.tiny, device), 2),
         }
         results[str(px)]["ratio"] = round(results[str(px)]["ours_per_s"] / results[str(px)]["original_per_s"], 1)
         say(f"{px} px: {results[str(px)]}")
@@ -295,11 +229,12 @@ def our_pictures(
 
     from diffusion.features import ExtractionSettings
     from diffusion.features.sources import PictureFile, Sample
+    from diffusion.images import in_fast_layout
 
     samples = [Sample(path.name, PictureFile(path), ("c",)) for path in paths]
     warm, rest = samples[: 2 * batch_size], samples[2 * batch_size :]
     settings = ExtractionSettings(image_size=px, batch_size=batch_size)
-    vae = build_vae(args.tiny, device, compute_dtype(device))
+    vae = in_fast_layout(build_vae(args.tiny, device, compute_dtype(device)))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.encode(torch.zeros(1, 3, px, px, device=device, dtype=vae.dtype))
     flops = counter.get_total_flops()
@@ -315,6 +250,12 @@ def our_pictures(
         "share_of_matmul_rate": round(flops * rate / peak, 6),
         "share_of_matmul_rate_encoding_alone": round(flops * alone / peak, 6),
     }
+
+
+def original_rate(paths: Sequence[Path], folder: Path, px: int, tiny: bool, device: Any) -> float:
+    import torch
+
+    return original_pictures(build_vae(tiny, device, torch.float32), paths, folder, px, device)
 
 
 def make_jpegs(folder: Path, count: int, px: int) -> list[Path]:
@@ -380,29 +321,6 @@ def decoding_alone(samples: Sequence[Any], settings: Any) -> float:
 def drain(items: Iterable[object]) -> None:
     for _ in items:
         pass
-
-
-def original_pictures(paths: Sequence[Path], folder: Path, px: int, tiny: bool, device: Any) -> float:
-    """Pictures a second of one loop: decode, resize, crop, one call in float32, one npy."""
-    import numpy as np
-    import torch
-    from PIL import Image
-    from torchvision import transforms as T
-
-    folder.mkdir()
-    vae = build_vae(tiny, device, torch.float32)
-    transform = T.Compose([T.Resize(px), T.CenterCrop(px), T.ToTensor(), T.Normalize([0.5], [0.5])])
-
-    @torch.no_grad()
-    def extract(path: Path) -> None:
-        pixels = transform(Image.open(path).convert("RGB"))[None].to(device)
-        posterior = vae.encode(pixels).latent_dist
-        moments = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().squeeze()
-        np.save(folder / f"{path.stem}.npy", moments)
-
-    for path in paths[:3]:
-        extract(path)
-    return len(paths) / timed(device, lambda: list(map(extract, paths)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from diffusion.features.sources import Rejected, Sample, Source, open_source
 from diffusion.features.stages import Block, EncodedBlock, ExtractionSettings, encode_blocks
 from diffusion.features.writer import FeatureStoreWriter, RowState
 from diffusion.files import FolderLock
-from diffusion.images import PREPROCESSING_VERSION, decode_bytes, load_vae, vae_folder
+from diffusion.images import PREPROCESSING_VERSION, decode_bytes, in_fast_layout, load_vae, vae_folder
 from diffusion.ranks import Ranks
 from diffusion.text import CLEANER_VERSION, CaptionEncoder, text_folders
 
@@ -60,7 +60,7 @@ class Encoders:
 
     def load_vae(self, device: torch.device, settings: ExtractionSettings) -> Any:
         """Raises CheckpointError."""
-        return load_vae(self.vae, device=device, dtype=compute_dtype(device, settings))
+        return in_fast_layout(load_vae(self.vae, device=device, dtype=compute_dtype(device, settings)))
 
     def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json of the T5 encoder and of the VAE. Raises DataError when one cannot be read."""

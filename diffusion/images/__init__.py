@@ -28,7 +28,7 @@ from diffusion.images.decoding import (
 from diffusion.images.edges import detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
-from diffusion.images.vae import decode_latents, encode_moments, load_vae, vae_folder
+from diffusion.images.vae import decode_latents, encode_moments, in_fast_layout, load_vae, vae_folder
 
 __all__ = [
     "ASPECT_RATIO_256",
@@ -53,6 +53,7 @@ __all__ = [
     "decode_latents",
     "detect_edges",
     "encode_moments",
+    "in_fast_layout",
     "labelled_grid",
     "load_vae",
     "picture_size",

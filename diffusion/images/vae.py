@@ -43,6 +43,11 @@ def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: t
     return vae.to(device).eval().requires_grad_(False)
 
 
+def in_fast_layout(vae: Any) -> Any:
+    """The same VAE with its weights in NHWC on a card, where cuDNN's 16-bit convolutions want them; else untouched."""
+    return vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
+
+
 @torch.no_grad()
 def encode_moments(vae: Any, pixels: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the posterior, (B, C, H/8, W/8) float32 each.
