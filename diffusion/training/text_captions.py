@@ -1,8 +1,9 @@
 """Further captions of the bundled pictures, in everyday words, so that a model learns more than one way to ask.
 
-Two sources. Variants put the concept and its keywords into templates: true by construction. Mined captions are texts of
-the corpus that a language model (the teacher of the text encoder) finds closest to one concept and clearly farther from
-all others, and the WordNet definition of the concept: names of kinds ("shetland pony"), descriptions, free prompts.
+Three sources. Paraphrases are written by hand for each concept (`paraphrases.jsonl` of the data set). Variants put the
+concept and its keywords into templates: true by construction. Mined captions are texts of the corpus that a language
+model (the teacher of the text encoder) finds closest to one concept and clearly farther from all others, and WordNet's
+definition of the concept: names of kinds ("shetland pony"), descriptions, free prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ _NEAREST, _MARGIN = 0.7, 0.05  # cosine to the concept's captions; lead over the
 _RIGHT_SENSE = 0.3  # cosine of a definition to the concept's keywords
 _NAMED_PICTURE = re.compile(r":|\bskin\b")  # captions of one very picture, such as "flag: Chad", are no mined captions
 _REPEATS = (6, 4, 2)  # of the label, the label with keywords, and the third caption, in the list that is drawn from
+
+
+def read_paraphrases(path: Path) -> dict[str, list[str]]:
+    """Lines of {"concept": ..., "texts": [...]} -> texts by concept; DataError names a line that is not so."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give a JSON-lines file of paraphrases") from error
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            found[str(row["concept"])] = [str(text) for text in row["texts"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} line {number} is no concept with texts ({error!r})") from error
+    return found
 
 
 def caption_variants(row: dict[str, Any], count: int, seed: int, excluded: Sequence[str] = ()) -> list[str]:
@@ -130,9 +147,10 @@ def add_captions(
 ) -> tuple[int, int]:
     """Write a copy of an ImageFolder whose training rows have more captions.
 
-    Each row gets up to `count` variants and the mined captions of its concept. The row's own captions stand first, and
-    with mined ones the most usual are repeated, so that they keep their share of what is drawn. Prompts of
-    `source/free_prompts.jsonl` are left out. Returns the numbers of pictures and captions.
+    Each row gets up to `count` variants, and the paraphrases (of `source/paraphrases.jsonl`, if there is one) and mined
+    captions of its concept. The row's own captions stand first, and with such further ones the most usual are repeated,
+    so that they keep their share of what is drawn. Prompts of `source/free_prompts.jsonl` are left out. Returns the
+    numbers of pictures and captions.
 
     Raises:
         DataError: unreadable metadata, or `output` holds a data set already.
@@ -141,13 +159,16 @@ def add_captions(
         raise DataError(f"{output} holds a data set already; choose another folder or remove it")
     kept = [prompt.prompt for prompt in read_free_prompts(source / "free_prompts.jsonl")]
     rows = read_rows(source / "metadata.jsonl", "file_name", "concept", "skin_tone")
+    written = source / "paraphrases.jsonl"
+    paraphrases = read_paraphrases(written) if written.exists() else {}
     output.mkdir(parents=True, exist_ok=True)
     for row in rows:
         if row["split"] == "train":
             variants = caption_variants(row, count, seed, kept)
-            further = _mined_of(row, (mined or {}).get(row["concept"], ()), kept, seed)
+            others = dict.fromkeys((*paraphrases.get(row["concept"], ()), *(mined or {}).get(row["concept"], ())))
+            further = _further(row, list(others), kept, seed)
             own = row["captions"]
-            again = [text for text, times in zip(own, _REPEATS) for _ in range(times - 1)] if mined else []
+            again = [text for text, times in zip(own, _REPEATS) for _ in range(times - 1)] if others else []
             row["captions"] = [*own, *again, *variants, *further]
         (output / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / row["file_name"], output / row["file_name"])
@@ -156,8 +177,8 @@ def add_captions(
     return len(rows), sum(len(row["captions"]) for row in rows)
 
 
-def _mined_of(row: dict[str, Any], texts: Sequence[str], excluded: Sequence[str], seed: int) -> list[str]:
-    """Mined captions with the row's skin tone; without what the row says already or what is kept for evaluation."""
+def _further(row: dict[str, Any], texts: Sequence[str], excluded: Sequence[str], seed: int) -> list[str]:
+    """Captions of the concept with the row's skin tone, but not what the row says already or what evaluation keeps."""
     rng = random.Random(f"{seed}/mined/{row['file_name']}")
     known = {normalised(text) for text in (*row["captions"], *excluded)}
     toned = (_with_tone(text, row["skin_tone"], rng) for text in texts if normalised(text) not in known)

@@ -11,7 +11,7 @@ import torch
 
 from diffusion.errors import DataError
 from diffusion.evaluation.free_prompts import normalised, read_free_prompts
-from diffusion.training.text_captions import add_captions, caption_variants, mine_captions
+from diffusion.training.text_captions import add_captions, caption_variants, mine_captions, read_paraphrases
 from diffusion.training.text_corpus import build_corpus
 from diffusion.training.text_teacher import TeacherTexts
 from diffusion.training.text_wordnet import Sense, read_wordnet
@@ -171,3 +171,30 @@ def test_only_training_rows_get_more_captions(tmp_path: Path) -> None:
     assert (tmp_path / "more" / chosen[0]["file_name"]).read_bytes() == (source / chosen[0]["file_name"]).read_bytes()
     with pytest.raises(DataError, match="already"):
         add_captions(source, tmp_path / "more", 5, seed=0)
+
+
+def test_paraphrases_become_captions_with_the_rows_skin_tone(tmp_path: Path) -> None:
+    plain = row("wave", "hello")
+    toned = row("wave", "hello", file_name="toned.webp", skin_tone="dark", text="wave: dark skin tone")
+    source = data_set(tmp_path / "source", [plain, toned])
+    texts = ["saying hi with the hand", f"The {KEPT[0].upper()}!"]
+    (source / "paraphrases.jsonl").write_text(json.dumps({"concept": "wave", "texts": texts}) + "\n")
+    add_captions(source, tmp_path / "more", 4, 0)
+    lines = (tmp_path / "more/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = (json.loads(line)["captions"] for line in lines)
+    assert texts[0] in first
+    assert first.count("wave") == 6
+    assert any(caption.startswith(texts[0]) and "dark" in caption for caption in second)
+    assert normalised(KEPT[0]) not in {normalised(caption) for caption in (*first, *second)}
+    (source / "paraphrases.jsonl").write_text('{"concept": "wave"}\n')
+    with pytest.raises(DataError, match=r"paraphrases\.jsonl line 1"):
+        add_captions(source, tmp_path / "again", 4, 0)
+
+
+def test_the_bundled_paraphrases_are_of_trained_concepts_and_no_kept_prompt() -> None:
+    bundled = read_paraphrases(EMOJI / "paraphrases.jsonl")
+    assert set(bundled) == {row["concept"] for row in ROWS if row["split"] == "train"}
+    forbidden = {normalised(text) for text in KEPT}
+    for concept, texts in bundled.items():
+        assert len(set(map(normalised, texts))) == len(texts) >= 3, concept
+        assert forbidden.isdisjoint(map(normalised, texts)), concept
