@@ -58,9 +58,19 @@ class WorkDirLockedError(PixArtError):
 
 
 class NumericalError(PixArtError):
-    """Training stopped because loss or gradients are not finite."""
+    """Training stopped because loss or gradients are not finite, or processes that should agree do not."""
 
     exit_code = EXIT_NUMERICAL
+
+
+class DeviceMemoryError(PixArtError):
+    """The device has too little memory for what was asked."""
+
+
+class PeerLostError(PixArtError):
+    """Another process of the run died or stands still."""
+
+    exit_code = EXIT_PEER_LOST
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -54,3 +54,29 @@ def test_loader(tmp_path: Path) -> None:
     sizes = ["--rows", 64, "--channels", 16, "--workers", 2, "--batch-size", 8, "--batches", 5]
     run("benchmarks/bench_loader.py", *sizes, "--out", out)
     assert json.loads(out.read_text())["samples_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_training_overhead(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    run(
+        "benchmarks/bench_training_overhead.py", "--tiny", "--batch-size", 4, "--steps", 4, "--warm-up", 2, "--out", out
+    )
+    result = json.loads(out.read_text())
+    assert set(result["ms_a_step"]) == {"trainer", "without clipping", "without EMA"}
+    assert all(value > 0 for value in [*result["ms_a_step"].values(), *result["ms_a_step_bare_loop"]])
+
+
+@pytest.mark.slow
+def test_parallel(tmp_path: Path) -> None:
+    out = tmp_path / "parallel.json"
+    run("benchmarks/bench_parallel.py", "--tiny", "--steps", 2, "--warm-up", 1, "--out", out)
+    result = json.loads(out.read_text())
+    assert len(result["rows"]) == 8
+    assert (
+        len({round(row["loss"], 5) for name, row in result["rows"].items() if name.startswith("2 x") and "32" in name})
+        == 1
+    )
+    assert (
+        result["bars"]["a run that moved from ddp to full_shard to one process has the losses of one process"] is True
+    )

@@ -2,11 +2,16 @@
 
 python train_scripts/train.py configs/emoji/emoji_demo.py --work-dir output/demo
 torchrun --nproc-per-node 8 train_scripts/train.py CONFIG --work-dir DIR --resume-from latest
+torchrun --nproc-per-node 8 train_scripts/train.py CONFIG --work-dir DIR --doctor
+python train_scripts/train.py --replay WORK/replay/step-0001234/replay.json
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from diffusion.config import config_overrides, load_config, train_parser
 from diffusion.errors import run_cli
@@ -19,12 +24,27 @@ def registered_models() -> Sequence[str]:
     return model_names()
 
 
+class _Replay(argparse.Action):
+    """--replay: run one recorded step and leave, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        from diffusion.training import denoising_objective, replay_step
+
+        replay_step(values, denoising_objective)
+        parser.exit()
+
+
 def main() -> None:
-    args = train_parser(__doc__).parse_args()
+    parser = train_parser(__doc__)
+    parser.add_argument("--doctor", action="store_true", help="check devices, network, disk, features, config; no run")
+    parser.add_argument("--replay", metavar="FILE", action=_Replay, help="run a skipped step again; needs no config")
+    args = parser.parse_args()
     config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
 
-    from diffusion.training import Reporting, Trainer, denoising_objective
+    from diffusion.training import Reporting, Trainer, check_up, denoising_objective
 
+    if args.doctor:
+        sys.exit(check_up(config, args.work_dir or config.work_dir))
     trainer = Trainer(
         config,
         denoising_objective,

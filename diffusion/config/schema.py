@@ -13,6 +13,13 @@ from typing_extensions import Self
 
 from diffusion.config.schema_data import DataConfig
 from diffusion.config.schema_families import FamilyFields
+from diffusion.config.schema_parallel import (
+    ELEMENTWISE_OPTIMIZERS,
+    GradCheckpointingArgs,
+    HealthConfig,
+    ParallelConfig,
+    Strategy,
+)
 from diffusion.config.schema_parts import (
     AutoLrConfig,
     KvCompressConfig,
@@ -128,6 +135,9 @@ class OptimisationFields(Section):
     gradient_accumulation_steps: int = Field(default=1, gt=0, description="Micro-batches per optimiser step.")
     gradient_clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm; None = no limit.")
     grad_checkpointing: bool = Field(default=False, description="Recompute blocks in backward: less memory, more time.")
+    grad_checkpointing_args: GradCheckpointingArgs = Field(
+        default=GradCheckpointingArgs(), description="What is recomputed; read only when grad_checkpointing is True."
+    )
     fp32_attention: bool = Field(default=False, description="Self-attention in fp32 under mixed precision.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         default="bf16", description="Autocast precision; weights stay fp32. fp16 scales the loss."
@@ -136,6 +146,8 @@ class OptimisationFields(Section):
         default=False, description="torch.compile the blocks: faster after a slow start; needs a compiler or Triton."
     )
     use_fsdp: bool = Field(default=False, description="Shard weights and optimiser over processes (else DDP).")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the run is spread over processes.")
+    health: HealthConfig = Field(default=HealthConfig(), description="When a run warns, skips a step or stops.")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimiser.")
     auto_lr: AutoLrConfig | None = Field(default=AutoLrConfig(), description="Scale lr with the batch; None = do not.")
     lr_schedule: Literal["constant", "cosine", "cosine_decay_to_constant"] = Field(
@@ -192,6 +204,34 @@ class TrainConfig(RunFields, OptimisationFields, ModelFields, DataFields, Family
         if self.w_min > self.w_max:
             raise rule_error("w_min", f"must not exceed w_max={self.w_max!r}")
         return self
+
+    @model_validator(mode="after")
+    def _parallel_keys_agree(self) -> Self:
+        if self.use_fsdp and self.parallel.strategy == "ddp":
+            raise rule_error("use_fsdp", "contradicts parallel.strategy='ddp'; leave one of the two out")
+        if self.strategy != "ddp" and self.optimizer.type not in ELEMENTWISE_OPTIMIZERS:
+            choices = ", ".join(ELEMENTWISE_OPTIMIZERS)
+            raise rule_error(
+                "optimizer.type",
+                f"{self.optimizer.type!r} needs whole matrices, which parallel.strategy={self.strategy!r} does not "
+                f"keep; use one of {choices}, or parallel.strategy='ddp'",
+            )
+        if self.grad_checkpointing_args != GradCheckpointingArgs() and not self.grad_checkpointing:
+            raise rule_error("grad_checkpointing_args", "has no effect; set grad_checkpointing=True, or leave it out")
+        if self.compile and self.grad_checkpointing and self.grad_checkpointing_args.policy == "selective":
+            raise rule_error(
+                "compile",
+                "chooses by itself what to recompute inside a block; leave grad_checkpointing_args.policy='selective' "
+                "out, or set compile=False",
+            )
+        return self
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the run is spread over processes."""
+        if self.parallel.strategy is not None:
+            return self.parallel.strategy
+        return "full_shard" if self.use_fsdp else "ddp"
 
     @property
     def validation_every_steps(self) -> int | None:

@@ -15,9 +15,9 @@ import torch
 from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
+from diffusion.models.checkpointing import recompute
 from diffusion.models.embeddings import (
     ApproxGelu,
     CaptionEmbedder,
@@ -178,7 +178,7 @@ class PixArt(nn.Module):
             self.ar_embedder = SizeEmbedder(width // 3)
         self.blocks = nn.ModuleList(PixArtBlock(config, index) for index in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.checkpoint_every = 0
+        self.checkpoint_every, self.checkpoint_selectively = 0, False
         initialize_weights(self)
 
     @property
@@ -193,9 +193,13 @@ class PixArt(nn.Module):
         """The table of the training size, (1, base_size^2, D): the `pos_embed` buffer of official files."""
         return self._sincos((self.config.base_size, self.config.base_size)).clone()
 
-    def enable_gradient_checkpointing(self, every: int = 1) -> None:
-        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 = off."""
-        self.checkpoint_every = every
+    def enable_gradient_checkpointing(self, every: int = 1, *, selective: bool = False) -> None:
+        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 = off.
+
+        Args:
+            selective: keep the outputs of matrix products and attention, and recompute the rest.
+        """
+        self.checkpoint_every, self.checkpoint_selectively = every, selective
 
     def use_fp32_attention(self, enabled: bool = True) -> None:
         """Compute self-attention in float32 under mixed precision, as the original's training configs ask."""
@@ -248,7 +252,7 @@ class PixArt(nn.Module):
             if before_block is not None:
                 arguments = (before_block(index, *arguments), *arguments[1:])
             if self.checkpoint_every and self.training and index % self.checkpoint_every == 0:
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
+                tokens = recompute(block, *arguments, selective=self.checkpoint_selectively)
             else:
                 tokens = block(*arguments)
         patches = self.final_layer(tokens, conditioning)  # (B, N, p * p * C_out)

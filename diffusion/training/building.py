@@ -53,7 +53,9 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> PixAr
         model = build_model(config.model, **model_options(config))
     if start is not None:
         _load_starting_weights(model, start)
-    model.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
+    recomputing = config.grad_checkpointing_args
+    every = recomputing.every if config.grad_checkpointing else 0
+    model.enable_gradient_checkpointing(every, selective=recomputing.policy == "selective")
     model.use_fp32_attention(config.fp32_attention)
     return model
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
+from diffusion.training.sharding import local, part_like, whole
 
 REFERENCE_BATCH = 256
 _ADAM_EPS = 1e-10  # the original's
@@ -117,16 +118,16 @@ def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
 def blend(average: Mapping[str, Tensor], current: Mapping[str, Tensor], weight: float) -> None:
     """In place, under the average's keys: average + weight * (current - average); integer tensors are copied."""
     keys = [key for key, tensor in average.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([average[key] for key in keys], [current[key] for key in keys], weight)
+    torch._foreach_lerp_([local(average[key]) for key in keys], [local(current[key]) for key in keys], weight)
     for key in average.keys() - set(keys):
-        average[key].copy_(current[key])
+        local(average[key]).copy_(local(current[key]))
 
 
 class WeightAverage:
     """Exponential moving average of parameters and buffers, in float32: avg <- rate * avg + (1 - rate) * value.
 
-    Buffers that are not floating point are copied. Early in a run the rate is min(rate, (1 + n) / (10 + n)) after
-    n updates, so that the average forgets its start.
+    Buffers that are not floating point are copied; of a sharded network each process averages its shards. Early in a
+    run the rate is min(rate, (1 + n) / (10 + n)) after n updates, so that the average forgets its start.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
@@ -144,11 +145,34 @@ class WeightAverage:
     def load(self, state_dict: dict[str, Tensor], num_updates: int) -> None:
         """Continue an average that was saved; keys absent from `state_dict` (position table) stay."""
         for key, tensor in state_dict.items():
-            self.tensors[key].copy_(tensor)
+            self.tensors[key].copy_(part_like(self.tensors[key], tensor))
         self.num_updates = num_updates
 
 
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, on the device, without reading it."""
+    """L2 norm of all gradients together, shards of all processes included, on the device, without reading it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def update_unless(skip: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """One optimiser step, or none at all where `skip` is 1.
+
+    The fused Adams read the flag on the device, as they do for GradScaler, and the host never waits. For others the
+    host reads it, which costs the GPU the time that the launches of the update take.
+
+    Args:
+        skip: () float32 on the device, 0 or 1, equal on all processes.
+    """
+    if scaler.is_enabled():
+        # Its own flag is about this process's gradients; shards of others may differ.
+        for found_inf in scaler._found_inf_per_device(optimizer).values():
+            found_inf.copy_(skip)
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip.item():
+        optimizer.step()

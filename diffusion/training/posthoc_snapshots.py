@@ -29,6 +29,7 @@ from diffusion.models import build_model
 from diffusion.training.building import model_options
 from diffusion.training.optimization import blend
 from diffusion.training.posthoc_ema import Profile, combine, gamma_of, update_weight
+from diffusion.training.sharding import gather, part_like
 
 FOLDER = "posthoc_ema"
 _NAME = re.compile(r"^step-(\d+)_sigma_rel-(\d[\d.e-]*)\.safetensors$")
@@ -55,15 +56,24 @@ class PosthocAverages:
         for sigma_rel, average in self.tensors.items():
             blend(average, current, update_weight(self._gammas[sigma_rel], step))
 
-    def write(self, folder: Path, step: int, dtype: torch.dtype) -> None:
+    def gathered(self, *, keep: bool) -> dict[float, dict[str, Tensor]]:
+        """The averages of a sharded network, whole, in host memory; all processes call it, one keeps them."""
+        whole = {sigma_rel: gather(average, keep=keep) for sigma_rel, average in self.tensors.items()}
+        return whole if keep else {}
+
+    def write(
+        self, folder: Path, step: int, dtype: torch.dtype, tensors: Mapping[float, Mapping[str, Tensor]] | None = None
+    ) -> None:
         """One safetensors file an average, native keys, the step and sigma_rel in its name.
 
+        Args:
+            tensors: what `gathered` gave; None = the averages as they are.
         Raises:
             StorageError: the disk is too full for it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         require_free_space(folder, self.nbytes * dtype.itemsize // torch.float32.itemsize)
-        for sigma_rel, average in self.tensors.items():
+        for sigma_rel, average in (self.tensors if tensors is None else tensors).items():
             path = snapshot_path(folder, Profile(step, sigma_rel))
             aside = path.with_name(f"{_ASIDE}{path.name}")
             save_tensors({key: tensor.to("cpu", dtype).contiguous() for key, tensor in average.items()}, aside)
@@ -87,7 +97,7 @@ class PosthocAverages:
         for sigma_rel, average in self.tensors.items():
             stored = TensorFile(snapshot_path(folder, Profile(step, sigma_rel)))
             for key, tensor in average.items():
-                tensor.copy_(stored[key])
+                tensor.copy_(part_like(tensor, stored[key]))
 
 
 def snapshot_path(folder: Path, profile: Profile) -> Path:

@@ -14,7 +14,7 @@ from diffusion.ranks import Ranks
 from diffusion.training import posthoc_snapshots
 from diffusion.training.posthoc_snapshots import drop_snapshots_after
 from diffusion.training.run_log import LOGGER
-from diffusion.training.state import RunState
+from diffusion.training.state import Contents, RunState
 
 # A save that fails is logged and retried at the next interval; after this many in a row the run stops (exit 74).
 _MAX_FAILED_SAVES = 3
@@ -61,13 +61,14 @@ class Saver:
         Raises:
             StorageError, OSError: it failed at the last step, or too often in a row.
         """
+        contents = self.state.gathered(keep=self.ranks.is_main, checkpoint=self._checkpoint_is_due())
         if self.ranks.is_main:
             try:
                 # Snapshots first: a run that is killed in between resumes before them and writes them again.
                 if self._snapshot_is_due():
-                    self._write_snapshots()
+                    self._write_snapshots(contents)
                 if self._checkpoint_is_due():
-                    self._write_checkpoint()
+                    self._write_checkpoint(contents)
                 self._failed_saves = 0
             except Exception as error:
                 self._failed_saves += 1
@@ -86,11 +87,12 @@ class Saver:
         intervals = self.config.save_model_steps, None if epochs is None else epochs * self.steps_per_epoch
         return any(falls_on(self.state.step, every, self.last_step) for every in intervals)
 
-    def _write_snapshots(self) -> None:
+    def _write_snapshots(self, contents: Contents | None) -> None:
         assert self.state.posthoc is not None and self.config.posthoc_ema is not None
-        self.state.posthoc.write(self._snapshots, self.state.step, _DTYPES[self.config.posthoc_ema.dtype])
+        dtype, whole = _DTYPES[self.config.posthoc_ema.dtype], contents.posthoc if contents is not None else None
+        self.state.posthoc.write(self._snapshots, self.state.step, dtype, whole)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, contents: Contents | None) -> None:
         checkpoints = self.work_dir / "checkpoints"
         facts = {
             "samples_seen": self.state.step * self.global_batch,
@@ -99,6 +101,7 @@ class Saver:
             "world_size": self.ranks.world_size,
             "config": self.config.model_dump(mode="json"),
         }
-        folder = self.state.save(checkpoints, facts, stored_null_caption=self.config.null_caption == "stored")
+        stored = self.config.null_caption == "stored"
+        folder = self.state.save(checkpoints, facts, stored_null_caption=stored, contents=contents)
         rotate(checkpoints, self.config.checkpoints_total_limit, keep=self.resumed_from)
         LOGGER.info("saved %s", folder)

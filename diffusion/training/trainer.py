@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,28 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
-from diffusion.errors import ConfigError, NumericalError
+from diffusion.errors import ConfigError
 from diffusion.files import FolderLock
-from diffusion.models import PixArt
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
 from diffusion.training.building import build_network, build_training_data
+from diffusion.training.equality import require_equal
+from diffusion.training.faults import Faults
 from diffusion.training.first_batch import first_batch_sheet
-from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
+from diffusion.training.health import Health, Stragglers, explained_out_of_memory
+from diffusion.training.optimization import (
+    WeightAverage,
+    build_optimizer,
+    global_norm,
+    lr_factor,
+    scaled_learning_rate,
+    update_unless,
+)
+from diffusion.training.parallel import AUTOCAST, place, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
+from diffusion.training.replay import StepRecorder
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
 from diffusion.training.saving import Saver, falls_on
-from diffusion.training.state import RunState, averaged_weights
+from diffusion.training.sharding import is_sharded
+from diffusion.training.state import RunState, evaluated_network
 from diffusion.training.validation import PromptGrid, ValidationLoss
+from diffusion.training.verdict import Verdict
+from diffusion.training.watchdog import Watchdog
+from diffusion.training.window import Window
 from diffusion.training.work_dir import refuse_existing_run
-
-_AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -69,8 +79,6 @@ class Trainer:
         reporting: Reporting | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        if config.use_fsdp:
-            raise ConfigError("use_fsdp=True is not available yet; set it to False (DDP)")
         self.config, self.reporting = config, reporting or Reporting()
         self.ranks = ranks or Ranks()
         self.work_dir = Path(work_dir)
@@ -83,11 +91,15 @@ class Trainer:
         torch.manual_seed(config.seed)  # of the initial weights; every later draw is keyed by its sample number
         self.resumed_from = self._find_checkpoint(resume_from)
         start = (load_from or config.load_from) if self.resumed_from is None else None
-        network = build_network(config, start).to(self.ranks.device)
+        network = place(build_network(config, start), config, self.ranks)
         self.state = self._build_state(network)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
-        self.model = self._wrap(network)
+        self.model = wrap(network, self.ranks)
+        self.faults, self.stragglers = Faults(self.ranks.rank), Stragglers(self.ranks)
+        self.watchdog = Watchdog(self.ranks, config.health.hang_timeout_s, self.work_dir / "stacks")
+        recorder = StepRecorder(config, self.ranks, self.sampler, self.dataset, network, self.work_dir / "replay")
+        self.state.observe = Health(config, recorder, is_scaled=self.state.scaler.is_enabled()).observe
         self.total_steps = self._total_steps()
 
     # ---- building ----
@@ -137,7 +149,7 @@ class Trainer:
     def _build_state(self, network: Any) -> RunState:
         config = self.config
         use_scaler = config.mixed_precision == "fp16" and self.ranks.device.type == "cuda"
-        posthoc = config.posthoc_ema if self.ranks.is_main else None
+        posthoc = config.posthoc_ema if self.ranks.is_main or is_sharded(network) else None
         return RunState(
             network=network,
             optimizer=build_optimizer(network, config, self.global_batch),
@@ -157,19 +169,6 @@ class Trainer:
             )
         self.sampler.set_position(self.state.step)
         LOGGER.info("resumed from %s at step %d", folder, self.state.step)
-
-    def _wrap(self, network: PixArt) -> nn.Module:
-        network.train()
-        if self.config.compile:
-            network.compile_blocks()
-        if self.ranks.world_size == 1:
-            return network
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        # The buffers are constants. torch 2.14 renamed the switch that copies them in every forward pass.
-        known = inspect.signature(DistributedDataParallel).parameters
-        switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"device_ids": devices, switch: False}
-        return DistributedDataParallel(network, **options)
 
     def _build_saver(self) -> Saver:
         return Saver(
@@ -191,6 +190,10 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the end of the run; the last step is always saved."""
+        with self.watchdog:
+            self._fit()
+
+    def _fit(self) -> None:
         self._announce()
         self.metrics = self._open_metrics()
         self._show_first_batch()
@@ -200,14 +203,14 @@ class Trainer:
             self._validate()
         self._base_lr = scaled_learning_rate(self.config, self.global_batch)
         # A schedule that is not resumed begins anew and ends with the run.
-        offset = 0 if self.config.resume_from.resume_lr_scheduler else self.state.step
+        offset = 0 if self.config.resume_from.resume_lr_scheduler else self.state.updates
         factor = lr_factor(self.config, self.total_steps - offset)
         self._factor = lambda step: factor(step - offset)
-        window = _Window(self.ranks.device)
+        window = Window(self.ranks.device)
         self.started, self.first_step = time.perf_counter(), self.state.step
         micro_batches = self._micro_batches()
         while self.state.step < self.total_steps:
-            window.add(*self._train_step(micro_batches, window))
+            window.add(self._train_step(micro_batches, window))
             step = self.state.step
             if falls_on(step, self.config.log_interval, self.total_steps):
                 self._log(window)
@@ -219,30 +222,56 @@ class Trainer:
                     saver.save()
         self._close()
 
-    def _train_step(self, micro_batches: Iterator[Any], window: _Window) -> tuple[Tensor, Tensor]:
-        """One optimiser step over a global batch; returns mean loss and gradient norm, on the device."""
-        state, accumulation = self.state, self.config.gradient_accumulation_steps
-        for group in state.optimizer.param_groups:
-            group["lr"] = self._base_lr * self._factor(state.step)
+    def _train_step(self, micro_batches: Iterator[Any], window: Window) -> Verdict:
+        """One optimiser step over a global batch, or none where that is not finite on some process."""
+        state, step = self.state, self.state.step + 1
         state.optimizer.zero_grad(set_to_none=True)
+        with explained_out_of_memory(self.config, self.ranks):
+            loss = self._accumulate(micro_batches, window, step)
+            self._beat(step, "update")
+            state.scaler.unscale_(state.optimizer)
+            parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+            self.faults.on_gradients(parameters, step)
+            verdict = Verdict(step, loss, global_norm(parameters), self.ranks)
+            state.settle()  # the step before this one, while the device is busy with this one
+            for group in state.optimizer.param_groups:
+                group["lr"] = self._base_lr * self._factor(state.updates)
+            if self.config.gradient_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, verdict.norm)
+            update_unless(verdict.skip, state.optimizer, state.scaler)
+        self.faults.after_step(state.network, step)
+        state.finish_step(verdict)
+        self.stragglers.end_step()
+        every = self.config.health.check_equal_every_steps
+        if every is not None and (step == self.first_step + 1 or step % every == 0):
+            require_equal(state, self.ranks)
+        self._beat(step, "end", is_step=False)
+        return verdict
+
+    def _accumulate(self, micro_batches: Iterator[Any], window: Window, step: int) -> Tensor:
+        """Forward and backward over this process's micro-batches; returns their mean loss, on the device."""
+        accumulation = self.config.gradient_accumulation_steps
         loss = torch.zeros((), device=self.ranks.device)
         for index in range(accumulation):
+            self._beat(step, "data")
             waited = time.perf_counter()
             batch = next(micro_batches)
-            window.waited_s += time.perf_counter() - waited
-            with self._synchronised_only_if(index == accumulation - 1), self._autocast():
-                output = self.objective.loss(self.model, batch.to(self.ranks.device), self.config.seed)
-                state.scaler.scale(output.loss / accumulation).backward()
-            loss += output.loss.detach() / accumulation
-        state.scaler.unscale_(state.optimizer)
-        parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-        norm = global_norm(parameters)
-        if self.config.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.finish_step()
-        return loss, norm
+            waited = time.perf_counter() - waited
+            window.waited_s += waited
+            self._beat(step, "forward")
+            with synchronised_only_if(self.model, index == accumulation - 1), self._autocast():
+                with self.stragglers.measure(waited):
+                    self.faults.before_forward(step)
+                    output = self.objective.loss(self.model, batch.to(self.ranks.device), self.config.seed)
+                part = self.faults.on_loss(output.loss, step, index)
+                self._beat(step, "backward")
+                self.state.scaler.scale(part / accumulation).backward()
+            loss += part.detach() / accumulation
+        return loss
+
+    def _beat(self, step: int, phase: str, *, is_step: bool = True) -> None:
+        """Progress for the watchdog; the first step of a start may compile, and has more time."""
+        self.watchdog.beat(step, phase, is_step=is_step and step > self.first_step + 1)
 
     def _micro_batches(self) -> Iterator[Any]:
         loader = build_loader(
@@ -253,14 +282,8 @@ class Trainer:
         )
         yield from loader
 
-    def _synchronised_only_if(self, last: bool) -> Any:
-        """Gradients are exchanged once a step, with the last micro-batch."""
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
-
     def _autocast(self) -> Any:
-        dtype = _AUTOCAST[self.config.mixed_precision]
+        dtype = AUTOCAST[self.config.mixed_precision]
         return torch.autocast(self.ranks.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     # ---- reports ----
@@ -298,14 +321,10 @@ class Trainer:
             project_name=self.reporting.project_name,
         )
 
-    def _log(self, window: _Window) -> None:
-        loss, norm = self.ranks.mean(window.means()).tolist()
+    def _log(self, window: Window) -> None:
+        self.state.settle()
+        loss, norm = window.means().tolist()  # of all processes; NaN if every step was skipped
         seconds, steps = window.seconds(), window.steps
-        if not (math.isfinite(loss) and math.isfinite(norm)) and not self.state.scaler.is_enabled():
-            raise NumericalError(
-                f"loss {loss} and gradient norm {norm} at step {self.state.step} are not finite; the last save is "
-                "kept: lower optimizer.lr, or check the features"
-            )
         step, lr = self.state.step, self.state.optimizer.param_groups[0]["lr"]
         remaining = (self.total_steps - step) * (time.perf_counter() - self.started) / (step - self.first_step)
         values = {
@@ -316,6 +335,9 @@ class Trainer:
             "data_wait_share": window.waited_s / seconds,
             "epoch": (step - 1) // self.sampler.steps_per_epoch,
         }
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self.state.skipped_steps:
+            values["skipped_steps"] = self.state.skipped_steps
         if self.ranks.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         window.restart()
@@ -346,8 +368,8 @@ class Trainer:
         loss_of, grid = self.validation
         if loss_of is None and grid is None:
             return
-        network, average, step = self.state.network, self.state.average, self.state.step
-        with averaged_weights(network, average) if average else contextlib.nullcontext():
+        step = self.state.step
+        with evaluated_network(self.state, self.config) as network:
             loss = loss_of(network) if loss_of is not None else None
             picture = grid.draw(network) if grid is not None else None
         if loss is not None and self.metrics is not None:
@@ -368,33 +390,3 @@ class Trainer:
         if self.ranks.is_main:
             self.lock.release()
         self.ranks.close()
-
-
-class _Window:
-    """Sums between two log lines; values stay on the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self.steps, self.waited_s, self._paused_s = 0, 0.0, 0.0
-        self._since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within (validation, a save) does not count into the rates."""
-        begin = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - begin
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._sums += torch.stack([loss.double(), norm.double()])
-        self.steps += 1
-
-    def means(self) -> Tensor:
-        return self._sums / self.steps
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._since - self._paused_s

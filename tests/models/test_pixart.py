@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.checkpoints import config_to_diffusers, native_to_diffusers
 from diffusion.errors import ConfigError
@@ -192,13 +195,46 @@ def test_kv_compression_changes_only_listed_blocks(sampling: str) -> None:
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
-    for every in (0, 1, 2):
+    for every, selective in ((0, False), (1, False), (2, False), (1, True), (2, True)):
         model = randomized(PixArt(**SMALL)).train()
-        model.enable_gradient_checkpointing(every)
+        model.enable_gradient_checkpointing(every, selective=selective)
         model(**inputs()).square().mean().backward()
         gradients.append(model.blocks[0].attn.qkv.weight.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(gradients[2], gradients[0])
+    torch.testing.assert_close(gradients[3], gradients[0])
+    torch.testing.assert_close(gradients[4], gradients[0])
+
+
+class OperatorCount(TorchDispatchMode):
+    """How often each operator runs; what a checkpoint gives from its cache does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[function.name().split(".")[0].removeprefix("aten::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradient_checkpointing_recomputes_what_the_policy_says() -> None:
+    """Selective runs no matrix product and no attention twice, but the norms; the others all of it, by blocks."""
+    counts = {}
+    for name, every, selective in (("off", 0, False), ("blocks", 1, False), ("half", 2, False), ("selective", 1, True)):
+        model = randomized(PixArt(**SMALL)).train()
+        model.enable_gradient_checkpointing(every, selective=selective)
+        with OperatorCount() as counter:
+            model(**inputs()).square().mean().backward()
+        counts[name] = counter.counts
+    off, depth = counts["off"], SMALL["depth"]
+    for operator in ("_scaled_dot_product_flash_attention_for_cpu", "addmm"):
+        assert counts["selective"][operator] == off[operator]
+    repeated = {name: count["_scaled_dot_product_flash_attention_for_cpu"] for name, count in counts.items()}
+    assert repeated == {"off": 2 * depth, "selective": 2 * depth, "blocks": 4 * depth, "half": 2 * depth + 4}
+    for name in ("blocks", "selective"):
+        assert counts[name]["native_layer_norm"] == off["native_layer_norm"] + 2 * depth
+    assert counts["blocks"]["addmm"] > off["addmm"]
 
 
 def test_fp32_attention_acts_under_autocast() -> None:

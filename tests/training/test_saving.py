@@ -19,10 +19,13 @@ class Recorder:
     def __init__(self, *, full: bool = False) -> None:
         self.step, self.full, self.posthoc, self.written = 0, full, self, []
 
-    def save(self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool) -> Path:
+    def gathered(self, *, keep: bool, checkpoint: bool) -> None:
+        assert keep
+
+    def save(self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool, contents: None) -> Path:
         return self._note(f"checkpoint-{facts['samples_seen']}")
 
-    def write(self, folder: Path, step: int, dtype: object) -> None:
+    def write(self, folder: Path, step: int, dtype: object, tensors: None) -> None:
         self._note(f"snapshot-{step}")
 
     def _note(self, name: str) -> Path:

@@ -186,8 +186,6 @@ def test_wrong_starting_points(config_file: Path, tmp_path: Path, parts: Path) -
         Trainer(config, denoising_objective, tmp_path / "a", load_from=str(parts / "pipe"))
     with pytest.raises(DataError, match="caption_channels"):
         Trainer(load_config(config_file, ["caption_channels=64"]), denoising_objective, tmp_path / "b")
-    with pytest.raises(ConfigError, match="use_fsdp"):
-        Trainer(load_config(config_file, ["use_fsdp=True"]), denoising_objective, tmp_path / "c")
     run(load_config(config_file, ["max_steps=1"]), tmp_path / "d")
     with pytest.raises(ConfigError, match="keep the product"):
         Trainer(

@@ -1,0 +1,85 @@
+"""How a network is spread over processes: DDP, or FSDP2 in three forms (`parallel.strategy`)."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion.config import TrainConfig
+from diffusion.errors import ConfigError
+from diffusion.models import PixArt
+from diffusion.ranks import Ranks
+
+AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def place(network: PixArt, config: TrainConfig, ranks: Ranks) -> PixArt:
+    """Move a network to the device; under FSDP2 each process keeps its shards. Comes before the optimiser.
+
+    A block is a unit: it is gathered, used and, with full_shard and hybrid_shard, freed again. Of the blocks, what is
+    gathered has the precision of autocast, which rounds the same matrices in DDP; all else stays float32.
+
+    Raises:
+        ConfigError: processes that do not divide into groups of parallel.shard_size.
+    """
+    network.train()
+    if config.compile:
+        network.compile_blocks()
+    if config.strategy == "ddp" or ranks.world_size == 1:
+        return network.to(ranks.device)
+    mesh, frees_blocks = device_mesh(config, ranks), config.strategy != "shard_grad_op"
+    reduce_dtype = _REDUCE[config.parallel.reduce_dtype]
+    precision = MixedPrecisionPolicy(AUTOCAST[config.mixed_precision], reduce_dtype, cast_forward_inputs=False)
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=frees_blocks, mp_policy=precision)
+    rest = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    fully_shard(network, mesh=mesh, reshard_after_forward=False, mp_policy=rest)
+    return network
+
+
+def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:
+    """One dimension of shards; hybrid_shard has copies times shards.
+
+    Raises:
+        ConfigError: processes that do not divide into groups of parallel.shard_size.
+    """
+    world = ranks.world_size
+    if config.strategy != "hybrid_shard":
+        return init_device_mesh(ranks.device.type, (world,), mesh_dim_names=("shard",))
+    size = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % size or world == size or size == 1:
+        raise ConfigError(
+            f"parallel.strategy='hybrid_shard' needs several groups of several processes, and {world} processes do not "
+            f"make groups of parallel.shard_size={size}; choose a smaller divisor, or strategy='full_shard'"
+        )
+    return init_device_mesh(ranks.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def wrap(network: PixArt, ranks: Ranks) -> nn.Module:
+    """What the objective calls: the network itself, or DDP around it."""
+    if ranks.world_size == 1 or isinstance(network, FSDPModule):
+        return network
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # The buffers are constants. torch 2.14 renamed the switch that copies them in every forward pass.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"device_ids": devices, switch: False}
+    return DistributedDataParallel(network, **options)
+
+
+def synchronised_only_if(model: nn.Module, last: bool) -> Any:
+    """Gradients are exchanged once a step, with the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,45 @@
+"""What a run sums up between two log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffusion.training.verdict import Verdict
+
+
+class Window:
+    """Sums between two log lines; values stay on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        self.steps, self.waited_s, self._paused_s = 0, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within (validation, a save) does not count into the rates."""
+        begin = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - begin
+
+    def add(self, verdict: Verdict) -> None:
+        """Count a step; a skipped one has no loss."""
+        values = torch.stack([verdict.loss, verdict.norm, torch.ones_like(verdict.loss)]).double()
+        self._sums += torch.where(verdict.skip > 0, torch.zeros_like(values), values)
+        self.steps += 1
+
+    def means(self) -> Tensor:
+        """(2,) loss and gradient norm over the steps that were not skipped; NaN without any."""
+        return self._sums[:2] / self._sums[2]
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since - self._paused_s

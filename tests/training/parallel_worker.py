@@ -1,0 +1,117 @@
+"""Runs of several processes in one start of them: python -m torch.distributed.run ... parallel_worker.py SCENARIO ...
+
+Every scenario is a function of (config file, folder); what it leaves in the folder is what tests look at.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from diffusion.config import load_config
+from diffusion.errors import PixArtError
+from diffusion.ranks import Ranks
+from diffusion.training import Reporting, Trainer, denoising_objective
+
+SMALL = ["hidden_size=32", "depth=2", "num_heads=2"]
+MODES = {
+    "ddp": [],
+    "full": ["use_fsdp=True"],
+    "grad_op": ["parallel.strategy='shard_grad_op'"],
+    "hybrid": ["parallel.strategy='hybrid_shard'", "parallel.shard_size=2"],
+}
+
+
+def train(config_file: Path, work_dir: Path, *options: str, fault: str = "", resume: bool = False) -> Trainer:
+    os.environ["FAULT"] = fault
+    trainer = Trainer(
+        load_config(config_file, [*SMALL, *options], notify=lambda line: None),
+        denoising_objective,
+        work_dir,
+        reporting=Reporting(tensorboard=False),
+        resume_from="latest" if resume else None,
+        ranks=Ranks(),
+    )
+    trainer.fit()
+    return trainer
+
+
+def local_batch(accumulation: int = 1) -> list[str]:
+    """The global batch of the tiny config (4), spread over the processes."""
+    return [
+        f"train_batch_size={4 // dist.get_world_size() // accumulation}",
+        f"gradient_accumulation_steps={accumulation}",
+    ]
+
+
+def modes(config_file: Path, root: Path) -> None:
+    """Every mode from the start, with accumulation, recomputation and validation; then across modes."""
+    wanted = ["hybrid"] if dist.get_world_size() == 4 else ["ddp", "full", "grad_op"]
+    for name in wanted:
+        options = [*MODES[name], *local_batch(2 if name == "full" else 1), "gradient_clip=0.01"]
+        if name != "ddp":
+            options += ["grad_checkpointing=True", "posthoc_ema.snapshot_every_steps=3"]
+            options += ["grad_checkpointing_args.policy='selective'"] if name == "full" else []
+        trainer = train(config_file, root / name, *options)
+        parameter = next(trainer.state.network.parameters())
+        assert isinstance(parameter, DTensor) == (name != "ddp")
+        if name == "hybrid":
+            assert parameter.to_local().numel() <= parameter.numel() // 2 + parameter.numel() % 2
+            assert parameter.device_mesh.shape == (2, 2)
+    if dist.get_world_size() == 2:
+        common = [*local_batch(), "gradient_clip=0.01", "save_model_steps=2"]
+        train(config_file, root / "moved", "max_steps=2", *common)
+        train(config_file, root / "moved", "max_steps=4", *MODES["full"], *common, resume=True)
+        for name in ("ddp", "full"):
+            options = ["max_steps=4", "mixed_precision='bf16'", "parallel.reduce_dtype='bf16'"]
+            train(config_file, root / f"bf16-{name}", *MODES[name], *local_batch(), *options)
+
+
+def compiled(config_file: Path, root: Path) -> None:
+    """Compiled blocks inside FSDP2, with recomputation."""
+    options = ["compile=True", "grad_checkpointing=True", "max_steps=3", "save_model_steps=None"]
+    train(config_file, root / "compiled", *MODES["full"], *local_batch(), *options)
+
+
+def nan(config_file: Path, root: Path) -> None:
+    """Step 3 is not finite on rank 1: by its loss, by its gradient alone, and under sharding."""
+    train(config_file, root / "loss", *local_batch(2), fault="nan@step=3,rank=1,micro=1")
+    train(config_file, root / "gradient", *local_batch(), fault="nan_grad@step=3,rank=1")
+    train(config_file, root / "sharded", *MODES["full"], *local_batch(), fault="nan_grad@step=3,rank=1")
+    train(config_file, root / "sgd", *local_batch(), *SGD, fault="nan_grad@step=3,rank=1")
+    _expect(root / "stopped", config_file, "nan@rank=1", "health.max_skipped_in_a_row=3", "save_model_steps=1")
+
+
+SGD = ["optimizer.type='SGD'", "optimizer.eps=None", "optimizer.lr=0.1", "optimizer.momentum=0.9"]
+
+
+def unequal(config_file: Path, root: Path) -> None:
+    """A weight of rank 1 changes after step 1; the check after step 1 finds it."""
+    _expect(root / "unequal", config_file, "flip@step=1,rank=1")
+
+
+def slow(config_file: Path, root: Path) -> None:
+    """Rank 1 takes 60 ms longer a step."""
+    train(config_file, root / "slow", *local_batch(), "max_steps=51", "log_interval=50", fault="slow@ms=60,rank=1")
+
+
+def _expect(folder: Path, config_file: Path, fault: str, *options: str) -> None:
+    """A run that fails; the error of every rank is left in the folder."""
+    try:
+        train(config_file, folder, *local_batch(), *options, fault=fault)
+    except PixArtError as error:
+        (folder / f"error-{dist.get_rank()}.txt").write_text(f"{error.exit_code} {error}")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for scenario in sys.argv[3:]:
+        globals()[scenario](Path(sys.argv[1]), Path(sys.argv[2]))
+    dist.destroy_process_group()
