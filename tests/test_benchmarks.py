@@ -54,3 +54,17 @@ def test_loader(tmp_path: Path) -> None:
     sizes = ["--rows", 64, "--channels", 16, "--workers", 2, "--batch-size", 8, "--batches", 5]
     run("benchmarks/bench_loader.py", *sizes, "--out", out)
     assert json.loads(out.read_text())["samples_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_presets(tmp_path: Path) -> None:
+    """The command that measures presets runs them all; --child is its own way to a process a preset."""
+    out = tmp_path / "presets.json"
+    command = [sys.executable, "benchmarks/measure_presets.py", "--tiny", "--output", str(out)]
+    command += ["--work-dir", str(tmp_path / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(out.read_text())["presets"]
+    assert set(rows) == {"scratch-tiny", "full-24gb", "full-80gb"}
+    assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())
