@@ -4,7 +4,14 @@
     python tools/extract_features.py build/emoji-captions --out output/features/emoji-captions
     python benchmarks/ablation_emoji.py --seconds 90
 
-An arm is configs/emoji/emoji_256.py with overrides. A short run says how many steps fit into the time; arms that change
+The arms with REPA need features of a picture encoder, here the stand-in that the data set itself trains:
+
+    python train_scripts/train_alignment_encoder.py --data data/emoji --output output/alignment-encoder
+    python tools/extract_alignment.py output/features/emoji-captions --encoder output/alignment-encoder \
+        --out output/features/emoji-alignment
+
+An arm is configs/emoji/emoji_256.py with overrides. Validation losses of arms that predict something else (velocity,
+flow) are not comparable; retrieval is. A short run says how many steps fit into the time; arms that change
 the speed (size, batch, optimiser) have a short run of their own. Results are written after every arm, and arms that
 the output file holds are kept, so a call can be repeated until all are there.
 """
@@ -14,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +36,8 @@ from diffusion.errors import run_cli
 
 CONFIG = "configs/emoji/emoji_256.py"
 PARTS = "output/pretrained_models/emoji-256"
+FLOW = ["process.prediction_type=flow", "pred_sigma=False", "process.min_snr_gamma=None"]
+REPA = ["repa.features='output/features/emoji-alignment'", "repa.block=4", "repa.head_width=512"]
 ARMS: dict[str, list[str]] = {
     "base": [],
     "unbalanced": ["data.balance_by=None"],
@@ -45,8 +55,16 @@ ARMS: dict[str, list[str]] = {
     "batch 512": ["train_batch_size=512", "optimizer.lr=1.2e-3"],
     "Muon": ["optimizer.type=Muon", "optimizer.lr=3e-3"],
     "Muon, batch 256": ["optimizer.type=Muon", "optimizer.lr=1.5e-3", "train_batch_size=256"],
+    "velocity": ["process.prediction_type=v_prediction", "pred_sigma=False"],
+    "flow": [*FLOW],
+    "flow, logit-normal": [*FLOW, "process.timestep_sampling=logit_normal"],
+    "TREAD": ["tread.first_block=2", "tread.last_block=7"],
+    "TREAD, ended": ["tread.first_block=2", "tread.last_block=7", "tread.until_step={90%}"],
+    "REPA": [*REPA],
+    "REPA, ended": [*REPA, "repa.until_step={33%}"],
+    "REPA and TREAD": [*REPA, "repa.until_step={33%}", "tread.first_block=2", "tread.last_block=7"],
 }
-CHANGES_SPEED = ("hidden_size", "depth", "num_heads", "train_batch_size", "optimizer.type")
+CHANGES_SPEED = ("hidden_size", "depth", "num_heads", "train_batch_size", "optimizer.type", "tread", "repa")
 POSTHOC_SIGMA_RELS = (0.02, 0.05, 0.10, 0.15, 0.20)
 
 
@@ -79,7 +97,7 @@ def main() -> None:
         if args.stop_after is not None and time.monotonic() - begun > args.stop_after:
             print(f"no time for {name}; call again")
             continue
-        own = any(option.split("=")[0] in CHANGES_SPEED for option in ARMS[name])
+        own = any(option.startswith(CHANGES_SPEED) for option in ARMS[name])
         steps = args.steps or (steps_in(args, args.seconds, ARMS[name]) if own else common)
         rows[name] = measure(args, name, steps, posthoc=args.posthoc and name == "base")
         figures = {"benchmark": f"{CONFIG}, equal time an arm", "seconds": args.seconds, "arms": rows}
@@ -97,17 +115,25 @@ def train(args: argparse.Namespace, work_dir: Path, options: list[str]) -> list[
 
 def steps_in(args: argparse.Namespace, seconds: float, overrides: list[str], probe_steps: int = 120) -> int:
     """Optimiser steps that fit into a time, from the median speed of a short run."""
-    options = [f"max_steps={probe_steps}", "log_interval=10", "validation.num_samples=0", *overrides]
+    options = [f"max_steps={probe_steps}", "log_interval=10", "validation.num_samples=0"]
+    options += at_share(overrides, probe_steps)
     metrics = train(args, args.work_dir / "probe", options)
     config = json.loads((args.work_dir / "probe" / "config.json").read_text())
     batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
-    return round(seconds * statistics.median(row["images_per_s"] for row in metrics[2:]) / batch)
+    # Steps that differ in speed (a lever that ends) count as long as they take.
+    return round(seconds * statistics.harmonic_mean([row["images_per_s"] for row in metrics[2:]]) / batch)
+
+
+def at_share(overrides: list[str], steps: int) -> list[str]:
+    """Overrides with `{33%}` and its like replaced by that share of the steps."""
+    return [re.sub(r"\{(\d+)%\}", lambda match: str(max(1, steps * int(match[1]) // 100)), one) for one in overrides]
 
 
 def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -> dict[str, Any]:
     """Train one arm and draw with its averaged weights; with `posthoc` also with averages of other lengths."""
     work_dir = args.work_dir / name.replace(" ", "-")
-    options = [f"max_steps={steps}", f"validation.every_steps={steps}", f"save_model_steps={steps}", *ARMS[name]]
+    options = [f"max_steps={steps}", f"validation.every_steps={steps}", f"save_model_steps={steps}"]
+    options += at_share(ARMS[name], steps)
     if posthoc:
         options.append(f"posthoc_ema.snapshot_every_steps={max(1, steps // 24)}")
     metrics = train(args, work_dir, options)

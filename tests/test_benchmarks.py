@@ -80,3 +80,17 @@ def test_parallel(tmp_path: Path) -> None:
     assert (
         result["bars"]["a run that moved from ddp to full_shard to one process has the losses of one process"] is True
     )
+
+
+@pytest.mark.slow
+def test_presets(tmp_path: Path) -> None:
+    """The command that measures presets runs them all; --child is its own way to a process a preset."""
+    out = tmp_path / "presets.json"
+    command = [sys.executable, "benchmarks/measure_presets.py", "--tiny", "--output", str(out)]
+    command += ["--work-dir", str(tmp_path / "runs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(out.read_text())["presets"]
+    assert set(rows) == {"scratch-tiny", "full-24gb", "full-80gb"}
+    assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())

@@ -26,6 +26,7 @@ OFFICIAL_PARTS = {
     "alpha": "PixArt-alpha/PixArt-XL-2-1024-MS",
     "sigma": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
 }
+_SPEC_NAMES = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 _POSITIONS, _NULL_CAPTION = "pos_embed", "y_embedder.y_embedding"
 
 
@@ -120,7 +121,7 @@ def model_spec(found: Found, title: str) -> dict[str, str]:
         "modelspec.resolution": size,
         "modelspec.date": datetime.date.today().isoformat(),
         "modelspec.description": found.describe(),
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": _SPEC_NAMES[found.config.prediction_type],
     }
 
 

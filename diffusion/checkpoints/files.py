@@ -10,6 +10,7 @@ from diffusion.errors import CheckpointError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NULL_CAPTION_NAME = "null_caption.safetensors"
+ALIGNMENT_HEAD_NAME = "alignment_head.safetensors"
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 PIPELINE_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")  # and the transformer
 _STEM = "diffusion_pytorch_model"

@@ -18,6 +18,8 @@ from diffusion.models import PixArtConfig
 
 _CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 NATIVE_ONLY = ("pos_embed", "y_embedder.y_embedding")
+# Beginning of the names of weights that only training reads; they lie in a file of their own.
+TRAINING_ONLY = "alignment_head."
 
 # native prefix -> diffusers prefix; `{i}` is the block index.
 _RENAMED = {
@@ -68,7 +70,9 @@ def _template(key: str) -> tuple[str, str]:
 
 
 def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the keys of diffusers' PixArtTransformer2DModel; `NATIVE_ONLY` tensors are left out.
+    """Weights under the keys of diffusers' PixArtTransformer2DModel; those without a place in it are left out.
+
+    These are the tensors of `NATIVE_ONLY`, and those whose names begin with `TRAINING_ONLY`.
 
     Raises:
         CheckpointError: keys that diffusers has no place for, all listed.
@@ -77,7 +81,7 @@ def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = []
     for key, tensor in state_dict.items():
         template, index = _template(key)
-        if key in NATIVE_ONLY:
+        if key in NATIVE_ONLY or key.startswith(TRAINING_ONLY):
             continue
         if template in _FORWARD:
             result[_FORWARD[template].replace("{i}", index)] = tensor
@@ -129,7 +133,13 @@ def config_to_diffusers(config: PixArtConfig) -> dict[str, Any]:
     lacking = [name for name in ("qk_norm", "kv_compress") if getattr(config, name)]
     if lacking:
         raise CheckpointError(f"diffusers' PixArtTransformer2DModel has no {' or '.join(lacking)}; save a .pth instead")
+    # Fields of this project, for models that are sampled otherwise; diffusers ignores them.
+    kind: dict[str, Any] = {}
+    if config.prediction_type != "epsilon":
+        kind["prediction_type"] = config.prediction_type
+    kind |= {"flow_shift": config.flow_shift} if config.prediction_type == "flow" else {}
     return {
+        **kind,
         "_class_name": _CLASSES[0],
         "sample_size": config.input_size,
         "num_layers": config.depth,
@@ -181,6 +191,8 @@ def config_from_diffusers(config: Mapping[str, Any]) -> PixArtConfig:
             # The two defaults below are diffusers' own.
             pe_interpolation=max(sample_size // 64, 1) if scale is None else scale,
             micro_condition=sample_size == 128 if additional is None else additional,
+            prediction_type=config.get("prediction_type", "epsilon"),
+            flow_shift=config.get("flow_shift", 1.0),
         )
     except KeyError as error:
         raise CheckpointError(f"transformer config.json has no key {error}; is it a PixArt transformer?") from error

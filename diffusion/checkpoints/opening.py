@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints.files import NULL_CAPTION_NAME, find_transformer_folder, locate, weight_files
-from diffusion.checkpoints.keys import NATIVE_ONLY, config_from_diffusers, diffusers_to_native
+from diffusion.checkpoints.dit import DIT_CLASS, dit_from_fields, is_dit, recognise_dit
+from diffusion.checkpoints.files import (
+    ALIGNMENT_HEAD_NAME,
+    NULL_CAPTION_NAME,
+    find_transformer_folder,
+    locate,
+    weight_files,
+)
+from diffusion.checkpoints.keys import NATIVE_ONLY, TRAINING_ONLY, config_from_diffusers, diffusers_to_native
 from diffusion.checkpoints.recognition import (
     VAE_FACTOR,
     Found,
@@ -28,7 +35,7 @@ from diffusion.checkpoints.recognition import (
 from diffusion.checkpoints.tensors import Renamed, TensorFile, read_tensors
 from diffusion.checkpoints.weights import CONFIG_IN_METADATA, load_weights, materialize_buffers, require_fit
 from diffusion.errors import CheckpointError
-from diffusion.models import ControlPixArt, PixArt, PixArtConfig
+from diffusion.models import ControlPixArt, DiT, DiTConfig, PixArt, PixArtConfig
 
 _BASE, _CONTROL = "base_model.", "controlnet."
 # Weights of a file that are left out, and why.
@@ -40,9 +47,9 @@ class Weights:
     """The weights of a checkpoint under native names, before anything is known about them.
 
     Args:
-        layout: names in the file, "native" or "diffusers".
+        layout: names in the file, "native" or "diffusers"; "dit" for a class-conditional DiT in the names of its files.
         control: of a ControlNet file, the names that begin with `controlnet.`.
-        config: what the checkpoint states about itself; None for files that hold tensors alone.
+        config: what the checkpoint states about itself; None for files that hold tensors alone. dit: the same of a DiT.
         pipeline: model_index.json of the pipeline around it, {} for none; "scheduler" is its scheduler's class.
         num_keys: of the file as it stands.
     """
@@ -55,6 +62,7 @@ class Weights:
     pipeline: dict[str, Any]
     num_keys: int
     notes: list[str] = field(default_factory=list)
+    dit: DiTConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -155,10 +163,26 @@ def open_checkpoint(
             the weights, or keys that do not fit, all listed.
     """
     weights = read_weights(source, ema=ema, variant=variant, revision=revision)
+    if weights.layout == "dit":
+        raise CheckpointError(
+            f"{source} is a class-conditional DiT, which knows no captions; tools/init_from_dit.py makes a PixArt of it"
+        )
+    return _recognised(weights, image_size, family, num_heads, pe_interpolation)
+
+
+def _recognised(
+    weights: Weights,
+    image_size: int | None = None,
+    family: str | None = None,
+    num_heads: int | None = None,
+    pe_interpolation: float | None = None,
+) -> Checkpoint:
+    """Say what weights are, and compare them with that; see `open_checkpoint`."""
+    state_dict = {key: tensor for key, tensor in weights.state_dict.items() if not key.startswith(TRAINING_ONLY)}
     notes = list(weights.notes)
     if weights.config is None:
         family, config, assumed = recognise(
-            weights.state_dict,
+            state_dict,
             weights.source,
             image_size=image_size,
             family=family,
@@ -171,20 +195,43 @@ def open_checkpoint(
         config = config if pe_interpolation is None else replace(config, pe_interpolation=pe_interpolation)
     with torch.device("meta"):
         expected = PixArt(**vars(config))
-    require_fit(expected, weights.state_dict, weights.source)
-    tensors = [*weights.state_dict.items(), *weights.control.items()]
+    require_fit(expected, state_dict, weights.source)
+    tensors = [*state_dict.items(), *weights.control.items()]
     found = Found(
         family=family,
         layout=weights.layout,
         config=config,
         num_keys=weights.num_keys,
         num_parameters=sum(tensor.numel() for key, tensor in tensors if key not in NATIVE_ONLY),
-        control_blocks=control_blocks(weights.control, weights.state_dict, weights.source),
+        control_blocks=control_blocks(weights.control, state_dict, weights.source),
         lcm=_is_lcm(weights),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors})),
         notes=tuple(notes),
     )
-    return Checkpoint(weights.source, found, weights.state_dict, weights.control)
+    return Checkpoint(weights.source, found, state_dict, weights.control)
+
+
+def load_dit(source: str | Path, *, ema: bool = False, num_heads: int | None = None) -> DiT:
+    """A DiT in eval mode, float32 on the CPU: from a public `.pt` file, or a folder of a run.
+
+    Args:
+        num_heads: what a file of another width than DiT-XL/2 does not tell.
+    Raises:
+        CheckpointError: nothing there, damaged, or no DiT.
+    """
+    return build_dit(read_weights(source, ema=ema), num_heads=num_heads)
+
+
+def build_dit(weights: Weights, *, num_heads: int | None = None) -> DiT:
+    """`load_dit` of weights that were read already."""
+    if weights.layout != "dit":
+        raise CheckpointError(f"{weights.source} is no class-conditional DiT (no y_embedder.embedding_table)")
+    config = weights.dit or recognise_dit(weights.state_dict, weights.source, num_heads=num_heads)
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    load_weights(model, weights.state_dict, weights.source, assign=True)
+    materialize_buffers(model)
+    return model.float().eval()
 
 
 def load_transformer(
@@ -233,10 +280,12 @@ def load_controlnet(
     return checkpoint.build_control(base.device, base.dtype, base=base)
 
 
-def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConfig, dict[str, Tensor]]:
-    """Config and native weights of a checkpoint of any kind; see `open_checkpoint`."""
-    checkpoint = open_checkpoint(path, ema=ema)
-    return checkpoint.found.config, checkpoint.state_dict
+def read_transformer(path: str | Path, *, ema: bool = False) -> tuple[PixArtConfig | DiTConfig, dict[str, Tensor]]:
+    """Config and native weights of a checkpoint of any kind, those that only training reads included."""
+    weights = read_weights(path, ema=ema)
+    if weights.layout == "dit":
+        return weights.dit or recognise_dit(weights.state_dict, weights.source), weights.state_dict
+    return _recognised(weights).found.config, weights.state_dict
 
 
 def read_weights(
@@ -249,15 +298,21 @@ def read_weights(
     """
     path = locate(source, variant=variant, revision=revision)
     config: PixArtConfig | None = None
+    dit: DiTConfig | None = None
     pipeline: dict[str, Any] = {}
-    null_caption: Mapping[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     if path.is_dir():
         folder = find_transformer_folder(path, ema=ema, variant=variant)
         tensors = read_tensors(weight_files(folder, variant)[0])
-        config = config_from_diffusers(_read_json(folder / "config.json"))
+        described = _read_json(folder / "config.json")
+        if described.get("_class_name") == DIT_CLASS:
+            dit = dit_from_fields(described, str(folder))
+        else:
+            config = config_from_diffusers(described)
         pipeline = _pipeline_around(folder)
-        if (folder / NULL_CAPTION_NAME).is_file():
-            null_caption = TensorFile(folder / NULL_CAPTION_NAME)
+        for name in (NULL_CAPTION_NAME, ALIGNMENT_HEAD_NAME):
+            if (folder / name).is_file():
+                beside |= TensorFile(folder / name)
     else:
         tensors = read_tensors(path, ema=ema)
     config = _with_metadata(config, tensors)
@@ -265,8 +320,8 @@ def read_weights(
     control = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(_CONTROL)}
     if control:
         state_dict = {key.removeprefix(_BASE): tensor for key, tensor in state_dict.items()}
-    state_dict |= null_caption
-    return Weights(str(source), layout, state_dict, control, config, pipeline, len(tensors), notes)
+    state_dict |= beside
+    return Weights(str(source), layout, state_dict, control, config, pipeline, len(tensors), notes, dit)
 
 
 def _native(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor], list[str]]:
@@ -277,6 +332,8 @@ def _native(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, 
         others = [key for key in tensors if not key.startswith(prefix)]
         notes.append(f"every key began with {prefix!r}" + (f"; {len(others)} others were left out" if others else ""))
         tensors = Renamed(tensors, {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)})
+    if is_dit(tensors):
+        return "dit", dict(tensors), notes
     if is_diffusers(tensors):
         return "diffusers", diffusers_to_native(tensors), notes
     kept = {key: key for key in tensors}

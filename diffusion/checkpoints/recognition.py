@@ -79,6 +79,7 @@ class Found:
             options.append(f"KV compression {config.kv_compress.scale_factor} in blocks {layers[0]}..{layers[-1]}")
         kind = f"PixArt-{self.family} {self.image_size} px"
         kind += " LCM" if self.lcm else ""
+        kind += "" if config.prediction_type == "epsilon" else f", predicts {config.prediction_type}"
         if self.control_blocks:
             kind += f" with a ControlNet of {self.control_blocks} blocks"
         parts = [

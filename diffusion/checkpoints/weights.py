@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion.checkpoints.files import NULL_CAPTION_NAME, WEIGHTS_NAME
-from diffusion.checkpoints.keys import NATIVE_ONLY, config_to_diffusers, native_to_diffusers
+from diffusion.checkpoints.dit import dit_fields
+from diffusion.checkpoints.files import ALIGNMENT_HEAD_NAME, NULL_CAPTION_NAME, WEIGHTS_NAME
+from diffusion.checkpoints.keys import NATIVE_ONLY, TRAINING_ONLY, config_to_diffusers, native_to_diffusers
 from diffusion.errors import CheckpointError, StorageError
-from diffusion.models import PixArt, PixArtConfig
+from diffusion.models import DiTConfig, LatentTransformer, PixArt, PixArtConfig
 
 CONFIG_IN_METADATA = "pixart.config"  # key of a safetensors header: fields of PixArtConfig as JSON
 
@@ -23,12 +24,12 @@ CONFIG_IN_METADATA = "pixart.config"  # key of a safetensors header: fields of P
 def load_weights(
     model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path, *, assign: bool = False
 ) -> None:
-    """Strict load into a PixArt; `pos_embed` is computed from the config, and the null caption may be absent.
+    """Strict load into a PixArt or a DiT; `pos_embed` is computed from the config, and the null caption may be absent.
 
     Raises:
         CheckpointError: the weights do not fit, see `require_fit`.
     """
-    given = {key: tensor for key, tensor in state_dict.items() if key != "pos_embed"}
+    given = _read_by(model, state_dict)
     require_fit(model, given, source)
     model.load_state_dict(given, strict=False, assign=assign)
 
@@ -40,7 +41,7 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str 
         CheckpointError: every missing, unexpected and differently shaped weight, in one line.
     """
     expected = {key: tensor for key, tensor in model.state_dict().items() if key != "pos_embed"}
-    given = {key: tensor for key, tensor in state_dict.items() if key != "pos_embed"}
+    given = _read_by(model, state_dict)
     missing = [key for key in expected if key not in given and key not in NATIVE_ONLY]
     unexpected = [key for key in given if key not in expected]
     shapes = [
@@ -57,18 +58,28 @@ def require_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str 
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}")
 
 
-def materialize_buffers(model: PixArt) -> None:
+def _read_by(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file that are meant for a network: none of training's own that it has no place for."""
+    trains = any(key.startswith(TRAINING_ONLY) for key in model.state_dict())
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if key != "pos_embed" and (trains or not key.startswith(TRAINING_ONLY))
+    }
+
+
+def materialize_buffers(model: LatentTransformer) -> None:
     """Give the buffers that a weight file may lack their values, after a load on the meta device."""
     if model.pos_embed.is_meta:
         model.pos_embed = model.position_embedding()
-    if model.y_embedder.y_embedding.is_meta:
+    if isinstance(model, PixArt) and model.y_embedder.y_embedding.is_meta:
         model.y_embedder.y_embedding = torch.zeros(model.y_embedder.y_embedding.shape)
 
 
 def save_transformer(
-    model: PixArt, folder: str | Path, *, dtype: torch.dtype | None = None, stored_null_caption: bool = False
+    model: LatentTransformer, folder: str | Path, *, dtype: torch.dtype | None = None, stored_null_caption: bool = False
 ) -> None:
-    """Write the layout that stock diffusers opens: config.json and one safetensors file.
+    """Write the layout that stock diffusers opens: config.json and one safetensors file; see `write_transformer`.
 
     Args:
         dtype: of the file; None = as in memory.
@@ -80,9 +91,15 @@ def save_transformer(
 
 
 def write_transformer(
-    state_dict: Mapping[str, Tensor], config: PixArtConfig, folder: str | Path, *, native_only: Iterable[str] = ()
+    state_dict: Mapping[str, Tensor],
+    config: PixArtConfig | DiTConfig,
+    folder: str | Path,
+    *,
+    native_only: Iterable[str] = (),
 ) -> None:
-    """Write native weights as the folder that stock diffusers opens.
+    """Write native weights as the folder that stock diffusers opens; training's own weights get a file beside it.
+
+    A DiT keeps the names of its public files: diffusers' layout would repeat its embedders in every block.
 
     Args:
         native_only: of `NATIVE_ONLY`, the tensors to keep in a file of their own.
@@ -91,12 +108,18 @@ def write_transformer(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(config, DiTConfig):
+        (folder / "config.json").write_text(json.dumps(dit_fields(config), indent=2) + "\n")
+        save_tensors({key: tensor.contiguous() for key, tensor in state_dict.items()}, folder / WEIGHTS_NAME)
+        return
     fields = config_to_diffusers(config)
     tensors = {key: tensor.contiguous() for key, tensor in native_to_diffusers(state_dict).items()}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_tensors(tensors, folder / WEIGHTS_NAME, {CONFIG_IN_METADATA: json.dumps(asdict(config))})
     if kept := {key: state_dict[key].contiguous() for key in native_only}:
         save_tensors(kept, folder / NULL_CAPTION_NAME)
+    if head := {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith(TRAINING_ONLY)}:
+        save_tensors(head, folder / ALIGNMENT_HEAD_NAME)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -31,7 +31,11 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.A
         add("--sample_steps", type=int, default=4, help="solver steps, 1 to 50; distilled models need 4 to 8")
         add("--cfg_scale", type=float, default=1.0, help="guidance; distillation has built it in, so 1 = none")
     else:
-        add("--sampling_algo", default="dpm-solver", help="dpm-solver, sa-solver, iddpm (ddpm), ddim, deis or lcm")
+        add(
+            "--sampling_algo",
+            default="dpm-solver",
+            help="dpm-solver, sa-solver, iddpm (ddpm), ddim, deis, lcm or flow-euler",
+        )
         add("--step", type=int, default=-1, help="solver steps; -1 = the solver's usual number")
         add("--cfg_scale", type=float, help="guidance, <= 1 is off; when absent 4.5, and 1 for lcm")
     add("--guidance_channels", type=int, help="latent channels that guidance acts on; all when absent, 3 = original")

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from diffusion.config.schema_data import DataConfig
 from diffusion.config.schema_families import FamilyFields
+from diffusion.config.schema_levers import LeverFields, check_levers
 from diffusion.config.schema_parallel import (
     ELEMENTWISE_OPTIMIZERS,
     GradCheckpointingArgs,
@@ -190,7 +191,7 @@ class RunFields(Section):
     validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation loss and picture grid.")
 
 
-class TrainConfig(RunFields, OptimisationFields, ModelFields, DataFields, FamilyFields):
+class TrainConfig(RunFields, OptimisationFields, LeverFields, ModelFields, DataFields, FamilyFields):
     """A validated training config. Built by `load_config`; immutable."""
 
     @model_validator(mode="after")
@@ -203,6 +204,7 @@ class TrainConfig(RunFields, OptimisationFields, ModelFields, DataFields, Family
             raise rule_error("kv_compress_config", "must set sampling and kv_compress_layer when kv_compress is True")
         if self.w_min > self.w_max:
             raise rule_error("w_min", f"must not exceed w_max={self.w_max!r}")
+        check_levers(self)
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ _INTERNAL = _FEATURES | {"image_list_json"}
 # Keys that each data type reads, beside `type` and `root`. A key set for another type gets a notice: the original
 # configs inherit such keys from their base file.
 KEYS_READ_BY_TYPE: dict[str, frozenset[str]] = {
-    "Store": frozenset({"split", "balance_by", "max_captions", "mix"}),
+    "Store": frozenset({"split", "balance_by", "class_by", "max_captions", "mix"}),
     "SAM": _FEATURES | {"image_list_txt"},
     "InternalData": _INTERNAL,
     "InternalDataMS": _INTERNAL,
@@ -40,6 +40,11 @@ class DataConfig(Section):
         default=None,
         description="Store: attribute (such as 'concept') whose values are drawn equally often; None = every row once "
         "an epoch.",
+    )
+    class_by: str | None = Field(
+        default=None,
+        description="Store: attribute that is a sample's class, for DiT_* models: numbers as they are, names in "
+        "alphabetical order.",
     )
     max_captions: int | None = Field(
         default=None, gt=0, description="Store: draw from the first so many captions of a picture; None = from all."

@@ -9,11 +9,11 @@ from typing_extensions import Self
 
 from diffusion.config.section import FloatPair, Floats, Integers, Section, Strings, rule_error
 
-OptimizerType = Literal["AdamW", "Adam", "SGD", "Muon", "Lion", "CAME", "Prodigy"]
+OptimizerType = Literal["AdamW", "Adam", "SGD", "Muon", "Lion", "CAME", "Prodigy", "AdamW8bit"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerType)
 _READERS = {
-    "eps": ("AdamW", "Adam", "Muon", "CAME", "Prodigy"),
-    "betas": ("AdamW", "Adam", "Muon", "Lion", "CAME", "Prodigy"),
+    "eps": ("AdamW", "Adam", "Muon", "CAME", "Prodigy", "AdamW8bit"),
+    "betas": ("AdamW", "Adam", "Muon", "Lion", "CAME", "Prodigy", "AdamW8bit"),
     "momentum": ("SGD", "Muon"),
 }
 
@@ -22,15 +22,21 @@ class OptimizerConfig(Section):
     """The optimiser: a class of torch.optim (AdamW, Adam, SGD) or of pytorch-optimizer.
 
     Muon makes the update of every matrix in a block orthogonal, scaled to AdamW's size, and leaves all other weights to
-    AdamW with the same learning rate.
+    AdamW with the same learning rate. AdamW8bit keeps its moments in 8 bits (arXiv:2110.02861): torchao's (extra
+    `lowbit`), or bitsandbytes'.
     """
 
     type: OptimizerType = Field(default="AdamW", description=f"One of {', '.join(OPTIMIZERS)}.")
     lr: float = Field(default=1e-4, gt=0, description="Learning rate before auto_lr scales it; Prodigy wants 1.")
     weight_decay: float = Field(default=3e-2, ge=0, description="Weight decay: decoupled, or an L2 term (Adam, SGD).")
+    weight_decay_patterns: dict[str, float] = Field(
+        default={},
+        description="Weight decay of the weights whose name a pattern matches (* stands for anything), the first that "
+        "does, instead of the rule that matrices and kernels decay alone: {'*.mlp.*': 0.1, 'blocks.*': 0.05}.",
+    )
     eps: float | FloatPair | None = Field(
         default=None,
-        description="Added to a denominator; None = 1e-10 (Adam, AdamW, Muon's AdamW), 1e-8 (Prodigy), "
+        description="Added to a denominator; None = 1e-10 (Adam, AdamW, Muon's AdamW), 1e-8 (Prodigy, AdamW8bit), "
         "(1e-30, 1e-16) (CAME, which takes two).",
     )
     betas: Floats | None = Field(
@@ -59,6 +65,9 @@ class OptimizerConfig(Section):
                     f"is not read by {self.type}; leave it out (in an inherited section: optimizer=dict(_delete_=True, "
                     "type=..., lr=...))",
                 )
+        negative = [name for name, decay in self.weight_decay_patterns.items() if decay < 0]
+        if negative:
+            raise rule_error("weight_decay_patterns", f"must be 0 or more, which that of {negative[0]!r} is not")
         count = 3 if self.type == "CAME" else 2
         if self.betas is not None and (len(self.betas) != count or not all(0 <= beta < 1 for beta in self.betas)):
             usual = (0.9, 0.999, 0.9999)[:count]
@@ -91,6 +100,14 @@ class ProcessConfig(Section):
 
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = Field(
         default="linear", description="Beta schedule; all published PixArt models use 'linear'."
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = Field(
+        default="epsilon",
+        description="What the network predicts: noise, velocity (arXiv:2202.00512), or noise - latents along straight "
+        "paths (rectified flow, arXiv:2403.03206). Checkpoints of one kind do not start runs of another.",
+    )
+    flow_shift: float = Field(
+        default=1.0, gt=0, description="flow: noise levels s become shift * s / (1 + (shift - 1) * s); 3 at 1024 px."
     )
     min_snr_gamma: float | None = Field(
         default=None, gt=0, description="Cap of the min-SNR loss weight (usually 5); None = no weighting."

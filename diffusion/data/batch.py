@@ -24,6 +24,7 @@ class TrainSample:
         aspect_ratio: height / width (what the ratio condition embeds).
         number: the sample's number in the run.
         key: name for logs.
+        class_id: for class-conditional networks. alignment: (N, A) features of a picture encoder, a vector a token.
     """
 
     latents_mean: Tensor
@@ -33,6 +34,8 @@ class TrainSample:
     aspect_ratio: float
     number: int
     key: str
+    class_id: int | None = None
+    alignment: Tensor | None = None
 
 
 @dataclass
@@ -40,7 +43,8 @@ class TrainBatch:
     """B samples of one bucket; captions keep the dtype they are stored in.
 
     latents_mean, latents_std (B, C, h, w) float32; caption_embeds (B, L, caption_channels), L the longest;
-    caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64.
+    caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64;
+    class_ids (B,) int64 and alignment (B, N, A), where the data set has them. first_number: the lowest sample number.
     """
 
     latents_mean: Tensor
@@ -51,6 +55,9 @@ class TrainBatch:
     aspect_ratio: Tensor
     sample_numbers: Tensor
     keys: list[str]
+    class_ids: Tensor | None = None
+    alignment: Tensor | None = None
+    first_number: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainBatch:
         """The batch on a device; from pinned memory the copy is asynchronous."""
@@ -87,4 +94,12 @@ def collate(samples: Sequence[TrainSample]) -> TrainBatch:
         aspect_ratio=torch.tensor([sample.aspect_ratio for sample in samples], dtype=torch.float32),
         sample_numbers=torch.tensor([sample.number for sample in samples]),
         keys=[sample.key for sample in samples],
+        class_ids=_stacked([None if sample.class_id is None else torch.tensor(sample.class_id) for sample in samples]),
+        alignment=_stacked([sample.alignment for sample in samples]),
+        first_number=min(sample.number for sample in samples),
     )
+
+
+def _stacked(values: list[Tensor | None]) -> Tensor | None:
+    """None where a data set gives nothing; it gives all of its samples the same."""
+    return None if values[0] is None else torch.stack([value for value in values if value is not None])

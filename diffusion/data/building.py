@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from diffusion.data.batch import collate
+from diffusion.data.classes import give_classes
 from diffusion.data.mixed_stores import MixedStores
 from diffusion.data.original_datasets import OriginalLayout, internal_dataset, internal_ms_dataset, sam_dataset
 from diffusion.data.sampler import SampleKey
@@ -68,6 +69,8 @@ def _stores(
         size = None if stores and aspect_ratio_type is not None else image_size
         check_store_fits(dataset.store, size, aspect_ratio_type, model_max_length)
         stores.append(dataset)
+    if data.get("class_by") is not None:
+        give_classes(stores, data["class_by"])
     if len(stores) == 1 and set(weights.values()) == {1.0}:
         return stores[0]
     return MixedStores(stores, list(weights.values()), any_size=aspect_ratio_type is not None)

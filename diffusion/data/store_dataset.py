@@ -13,6 +13,7 @@ from diffusion.data.batch import TrainSample
 from diffusion.data.sampler import SampleKey
 from diffusion.errors import DataError
 from diffusion.features import FeatureStore
+from diffusion.features.alignment import AlignmentFeatures
 from diffusion.process import keyed_integer
 
 _RESOLUTION = 1 << 40  # steps of the line on which weighted captions are drawn
@@ -43,6 +44,8 @@ class StoreDataset:
                 raise DataError(f"{root} has no sample in split {split!r}; it has {', '.join(sorted(set(splits)))}")
             buckets = [buckets[row] for row in self.rows]
         self.buckets = buckets
+        self.class_ids: np.ndarray | None = None  # one a row of the store; see `give_classes`
+        self.alignment: AlignmentFeatures | None = None  # of the store's pictures; see `diffusion.features.alignment`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +82,8 @@ class StoreDataset:
             aspect_ratio=bucket_height / bucket_width,
             number=key.number,
             key=name,
+            class_id=None if self.class_ids is None else int(self.class_ids[row]),
+            alignment=None if self.alignment is None else self.alignment[row],
         )
 
     def caption_of(self, key: SampleKey) -> str:

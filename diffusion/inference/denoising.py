@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusion.errors import NumericalError, PromptError
-from diffusion.inference.solvers import accepts_generator
+from diffusion.inference.solvers import accepts_generator, scheduler_predicts
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
@@ -63,11 +63,12 @@ def denoise(
     extra = {"generator": generators} if accepts_generator(scheduler) else {}
     timesteps = scheduler.timesteps[first:]
     if start is None or first == 0:  # the whole process begins with noise alone, whatever the picture
-        latents = noise * scheduler.init_noise_sigma
+        latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     else:
         latents = noised(scheduler, start.latents, noise, timesteps[0] if len(timesteps) else None)
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)  # Euler for flow has neither
     for index, timestep in enumerate(timesteps, start=first):
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        prediction = predict(scaled(latents, timestep), timestep)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(index, timestep, latents)
@@ -77,9 +78,15 @@ def denoise(
 
 
 def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor | None) -> Tensor:
-    """q(x_t | x_0) of DDPM Eq. 4: latents, noise (B, C, h, w) -> (B, C, h, w); timestep None = no noise."""
+    """q(x_t | x_0) of DDPM Eq. 4, or of a straight path: latents, noise (B, C, h, w) -> (B, C, h, w).
+
+    timestep None = no noise.
+    """
     if timestep is None:
         return latents
+    if scheduler_predicts(scheduler) == "flow":
+        sigma = timestep.to(latents) / scheduler.config["num_train_timesteps"]
+        return (1 - sigma) * latents + sigma * noise
     alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(latents)
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 

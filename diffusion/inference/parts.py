@@ -29,6 +29,7 @@ from diffusion.inference.memory import (
     expected_peak,
     tile_vae,
 )
+from diffusion.inference.solvers import fitting_scheduler
 from diffusion.models import HED, ControlPixArt, PixArt, pad_captions
 from diffusion.text import CaptionEncoder, make_float16_safe
 
@@ -122,6 +123,7 @@ class PipelineParts(DiffusionPipeline):
         autoencoder = load_vae(folder if vae is None else pipeline_folder(vae), device=device, dtype=vae_dtype)
         source = folder if transformer is None else transformer
         network, control = load_networks(source, controlnet, ema=ema, device=device, dtype=torch_dtype)
+        scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
         weights = str(source) if isinstance(source, (str, Path)) else "the transformer"
         _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", weights)
         return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler, control, detector)

@@ -22,7 +22,7 @@ from diffusion.inference.editing import Source, encode_pixels, fingerprint, make
 from diffusion.inference.parts import PipelineParts
 from diffusion.inference.requests import ModelFacts, SamplingRequest
 from diffusion.inference.sizes import warn_of_untrained_area
-from diffusion.inference.solvers import solver_name, takes_variance
+from diffusion.inference.solvers import scheduler_predicts, solver_name, takes_variance
 
 StepCallback = Callable[["PixArtPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 _DECODE_PIXELS = 1024 * 1024  # decoded at once: the VAE's activations, not the network's, would fill the memory
@@ -118,6 +118,7 @@ class PixArtPipeline(PipelineParts):
         """
         given = locals()
         request = SamplingRequest(model=self._facts, **{name: given[name] for name in _REQUEST_FIELDS})
+        self._require_fitting_scheduler()
         warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
         generators, seeds = picture_generators(request.count, seed, generator)
@@ -137,6 +138,15 @@ class PixArtPipeline(PipelineParts):
         defaults = {name: _CALL_DEFAULTS[name] for name in _REQUEST_FIELDS}
         request = SamplingRequest(model=self._facts, **{**defaults, **arguments, "prompt": list(prompt)})
         return request.recipes(solver_name(self.scheduler), list(seed), _fingerprints(request))
+
+    def _require_fitting_scheduler(self) -> None:
+        """Refuse a scheduler for another kind of model, set after loading; unmarked weights take any but flow."""
+        given, wanted = scheduler_predicts(self.scheduler), self.transformer.config.prediction_type
+        if given != wanted and (wanted != "epsilon" or given == "flow"):
+            raise PromptError(
+                f"the transformer predicts {wanted}, the scheduler is for {given}; make one with "
+                f"make_scheduler(..., prediction_type={wanted!r})"
+            )
 
     @property
     def _facts(self) -> ModelFacts:

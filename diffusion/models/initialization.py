@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from diffusion.models.latent_transformer import LatentTransformer
     from diffusion.models.pixart import PixArt
 
 
@@ -16,12 +17,7 @@ def initialize_weights(model: PixArt) -> None:
     Cross-attention outputs and the final projection start at zero, so a fresh network predicts exactly zero;
     self-attention, MLP outputs and t_block do not (unlike adaLN-Zero).
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    patches = model.x_embedder.proj.weight
-    nn.init.xavier_uniform_(patches.view(patches.shape[0], -1))
+    initialize_linear(model)
     embedders: list[Any] = [model.t_embedder.mlp[0], model.t_embedder.mlp[2], model.t_block[1]]
     embedders += [model.y_embedder.y_proj.fc1, model.y_embedder.y_proj.fc2]
     if model.config.micro_condition:
@@ -35,6 +31,16 @@ def initialize_weights(model: PixArt) -> None:
             nn.init.constant_(block.attn.sr.weight, 1 / block.attn.sr_ratio**2)  # starts as average pooling
             nn.init.zeros_(block.attn.sr.bias)
     zero_(model.final_layer.linear)
+
+
+def initialize_linear(model: LatentTransformer) -> None:
+    """Xavier for linear layers and the patch embedding, biases of linear layers zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    patches = model.x_embedder.proj.weight
+    nn.init.xavier_uniform_(patches.view(patches.shape[0], -1))
 
 
 def zero_(layer: nn.Linear) -> None:

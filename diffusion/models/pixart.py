@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
-from diffusion.models.checkpointing import recompute
 from diffusion.models.embeddings import (
     ApproxGelu,
     CaptionEmbedder,
     PatchEmbedder,
     ScalarEmbedder,
     SizeEmbedder,
-    sincos_position_embedding,
 )
 from diffusion.models.initialization import initialize_weights
+from diffusion.models.latent_transformer import LatentTransformer
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class PixArtConfig:
         model_max_length: tokens of the stored null caption.
         micro_condition: embed picture size and aspect ratio (alpha 1024; needs D divisible by 3).
         qk_norm, kv_compress: options of PixArt-Sigma.
+        prediction_type: what the first C output channels are: "epsilon" (noise, all published PixArt models),
+            "v_prediction" (arXiv:2202.00512) or "flow" (noise - latents, rectified flow, arXiv:2403.03206).
+        flow_shift: of a flow model, how far its noise levels are moved towards noise (same paper, Eq. 23).
     """
 
     input_size: int = 32
@@ -63,8 +65,12 @@ class PixArtConfig:
     micro_condition: bool = False
     qk_norm: bool = False
     kv_compress: KVCompression | None = None
+    prediction_type: str = "epsilon"
+    flow_shift: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={self.prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}")
         if isinstance(self.kv_compress, Mapping):
             object.__setattr__(self, "kv_compress", KVCompression(**self.kv_compress))
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -144,15 +150,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
 
-@lru_cache(maxsize=128)
-def _position_embedding(
-    width: int, grid: tuple[int, int], base_size: int, scale: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    with torch.inference_mode(False):
-        return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
-
-
-class PixArt(nn.Module):
+class PixArt(LatentTransformer):
     """The network: noisy latents, timestep and caption in, noise (and variance) prediction out.
 
     Keyword arguments are those of `PixArtConfig`. A fresh model predicts exactly zero.
@@ -162,7 +160,7 @@ class PixArt(nn.Module):
     """
 
     default_overrides: ClassVar[dict[str, Any]] = {}
-    pos_embed: Tensor
+    config: PixArtConfig
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -178,42 +176,7 @@ class PixArt(nn.Module):
             self.ar_embedder = SizeEmbedder(width // 3)
         self.blocks = nn.ModuleList(PixArtBlock(config, index) for index in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.checkpoint_every, self.checkpoint_selectively = 0, False
         initialize_weights(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x_embedder.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x_embedder.proj.weight.device
-
-    def position_embedding(self) -> Tensor:
-        """The table of the training size, (1, base_size^2, D): the `pos_embed` buffer of official files."""
-        return self._sincos((self.config.base_size, self.config.base_size)).clone()
-
-    def enable_gradient_checkpointing(self, every: int = 1, *, selective: bool = False) -> None:
-        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 = off.
-
-        Args:
-            selective: keep the outputs of matrix products and attention, and recompute the rest.
-        """
-        self.checkpoint_every, self.checkpoint_selectively = every, selective
-
-    def use_fp32_attention(self, enabled: bool = True) -> None:
-        """Compute self-attention in float32 under mixed precision, as the original's training configs ask."""
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.fp32 = enabled
-
-    def compile_blocks(self) -> None:
-        """Let torch.compile fuse the work inside each block; all blocks share one compilation, state-dict keys stay.
-
-        Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow; another caption length is compiled once.
-        """
-        for block in self.blocks:
-            block.compile()
 
     def forward(
         self,
@@ -241,41 +204,18 @@ class PixArt(nn.Module):
         Raises:
             ValueError: sizes that do not divide, or size conditions missing or unexpected.
         """
-        rows, cols = self._token_grid(latents)
+        grid = self._token_grid(latents)
         tokens = self.embed_latents(latents)  # (B, N, D)
         conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)  # (B, D)
         modulation = self.t_block(conditioning)  # (B, 6 * D): adaLN-single, once for all blocks
         caption = self.y_embedder(caption_embeds.to(self.dtype))  # (B, L, D)
         attention_mask = expand_caption_mask(caption_mask)
-        for index, block in enumerate(self.blocks):
-            arguments = (tokens, caption, attention_mask, modulation, (rows, cols))
+        for index in range(len(self.blocks)):
+            arguments = (tokens, caption, attention_mask, modulation, grid)
             if before_block is not None:
                 arguments = (before_block(index, *arguments), *arguments[1:])
-            if self.checkpoint_every and self.training and index % self.checkpoint_every == 0:
-                tokens = recompute(block, *arguments, selective=self.checkpoint_selectively)
-            else:
-                tokens = block(*arguments)
-        patches = self.final_layer(tokens, conditioning)  # (B, N, p * p * C_out)
-        p = self.config.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
-
-    def embed_latents(self, latents: Tensor) -> Tensor:
-        """Patches and positions: (B, C, h, w) -> (B, N, D)."""
-        return self.x_embedder(latents.to(self.dtype)) + self._sincos(self._token_grid(latents))
-
-    def _token_grid(self, latents: Tensor) -> tuple[int, int]:
-        height, width = latents.shape[-2:]
-        p = self.config.patch_size
-        if height % p or width % p:
-            raise ValueError(f"latents of {height}x{width} do not divide into patches of {p}x{p}")
-        return height // p, width // p
-
-    def _sincos(self, grid: tuple[int, int]) -> Tensor:
-        config = self.config
-        device, dtype = self.device, self.dtype
-        if device.type == "meta":
-            return torch.empty(1, grid[0] * grid[1], config.hidden_size, device=device, dtype=dtype)
-        return _position_embedding(config.hidden_size, grid, config.base_size, config.pe_interpolation, device, dtype)
+            tokens = self._run_block(index, *arguments)
+        return self._unpatchify(self.final_layer(tokens, conditioning), grid)  # (B, C_out, h, w)
 
     def _conditioning(self, timesteps: Tensor, img_hw: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
         conditioning = self.t_embedder(timesteps)

@@ -1,6 +1,7 @@
 """What one training step minimises."""
 
 from diffusion.objectives.captions import drop_captions
+from diffusion.objectives.classes import ClassDenoisingObjective
 from diffusion.objectives.denoising import (
     DenoisingObjective,
     LatentBatch,
@@ -10,12 +11,19 @@ from diffusion.objectives.denoising import (
     sample_posterior,
     variance_bound,
 )
+from diffusion.objectives.levers import Alignment, Routing
+from diffusion.objectives.targets import FlowObjective, VelocityObjective
 
 __all__ = [
+    "Alignment",
+    "ClassDenoisingObjective",
     "DenoisingObjective",
+    "FlowObjective",
     "LatentBatch",
     "LossOutput",
     "Objective",
+    "Routing",
+    "VelocityObjective",
     "drop_captions",
     "noise_mse",
     "sample_posterior",

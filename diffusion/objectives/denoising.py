@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.objectives.captions import drop_captions
+from diffusion.objectives.levers import Alignment, Routing, silent, watch_blocks
 from diffusion.process import GaussianProcess, LogitNormal, keyed_normal, keyed_timesteps, keyed_uniform
 from diffusion.process.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 
@@ -108,6 +109,7 @@ class DenoisingObjective:
         min_snr_gamma: see `noise_mse`.
         learn_variance: train predicted variances by the bound; False leaves them as they are.
         logit_normal: density of the timesteps; None = uniform.
+        routing, alignment: levers of training; None = off.
     """
 
     process: GaussianProcess
@@ -118,6 +120,8 @@ class DenoisingObjective:
     min_snr_gamma: float | None = None
     learn_variance: bool = True
     logit_normal: LogitNormal | None = None
+    routing: Routing | None = None
+    alignment: Alignment | None = None
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
@@ -125,11 +129,29 @@ class DenoisingObjective:
         shape = batch.latents_mean.shape[1:]
         posterior_noise = keyed_normal(seed, "posterior", numbers, shape) if self.sample_latents else None
         latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
-        timesteps = keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
+        timesteps = self.draw_timesteps(seed, numbers)
         noise = keyed_normal(seed, "noise", numbers, shape)
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
+        watch = watch_blocks(unwrap(model), batch, seed, self.routing, self.alignment)
+        output = self.terms(self.denoiser(model, batch, drop, watch), latents, timesteps, noise)
+        if self.alignment is None:
+            return output
+        if watch is None or watch.similarity is None:
+            return LossOutput(output.loss + silent(unwrap(model)), output.metrics)
+        distance = 1 - watch.similarity
+        metrics = {**output.metrics, "alignment": distance.detach()}
+        return LossOutput(output.loss + self.alignment.weight * distance.mean(), metrics)
+
+    def draw_timesteps(self, seed: int, numbers: Tensor) -> Tensor:
+        """(B,) timesteps of samples, as `terms` takes them."""
+        return keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
+
+    def denoiser(
+        self, model: nn.Module, batch: LatentBatch, drop: Tensor, before_block: Callable[..., Tensor] | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network with the captions of a batch, null where drop (B,) is True: (x_t, timesteps) -> output."""
         embeds, mask = self.drop_captions(model, batch, drop)
-        return self.terms(lambda x_t, t: predict(model, x_t, t, embeds, mask, batch), latents, timesteps, noise)
+        return lambda x_t, t: predict(model, x_t, t, embeds, mask, batch, before_block)
 
     def terms(
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
@@ -158,12 +180,20 @@ class DenoisingObjective:
 
 
 def predict(
-    model: nn.Module, noisy: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor, batch: LatentBatch
+    model: nn.Module,
+    noisy: Tensor,
+    timesteps: Tensor,
+    embeds: Tensor,
+    mask: Tensor,
+    batch: LatentBatch,
+    before_block: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Run the network, with size conditions if it takes them."""
+    """Run the network, with size conditions if it takes them; before_block: see `PixArt.forward`."""
     config = unwrap(model).config
-    sizes = {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio} if config.micro_condition else {}
-    return model(noisy, timesteps, embeds, mask, **sizes)
+    options: dict[str, Any] = {} if before_block is None else {"before_block": before_block}
+    if config.micro_condition:
+        options |= {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio}
+    return model(noisy, timesteps, embeds, mask, **options)
 
 
 def unwrap(model: nn.Module) -> Any:

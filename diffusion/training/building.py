@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion.checkpoints import load_weights, materialize_buffers, read_weights
 from diffusion.config import TrainConfig
 from diffusion.data import OriginalLayout, build_dataset
-from diffusion.errors import CheckpointError, ConfigError, DataError
+from diffusion.errors import ConfigError, DataError
 from diffusion.features import check_encoders
-from diffusion.models import KVCompression, PixArt, build_model
+from diffusion.models import KVCompression, is_class_conditional
 from diffusion.objectives import DenoisingObjective
 from diffusion.process import IDDPM, LogitNormal
+from diffusion.training.levers import alignment_head, objective_kind, prepare_for_levers
+from diffusion.training.starting import new_network, started_network
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of the network that a config asks for."""
+    if is_class_conditional(config.model):
+        return dit_options(config)
     options: dict[str, Any] = {
         "input_size": config.image_size // 8,
         "caption_channels": config.caption_channels,
@@ -27,6 +29,8 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
         "model_max_length": config.model_max_length,
         "pred_sigma": config.pred_sigma,
         "qk_norm": config.qk_norm,
+        "prediction_type": config.process.prediction_type,
+        "flow_shift": config.process.flow_shift,
     }
     for name in ("hidden_size", "depth", "num_heads", "micro_condition"):
         if getattr(config, name) is not None:
@@ -39,38 +43,39 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def build_network(config: TrainConfig, start: str | Path | None = None) -> PixArt:
+def dit_options(config: TrainConfig) -> dict[str, Any]:
+    """The same for a class-conditional network."""
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
+    return {
+        "input_size": config.image_size // 8,
+        "pe_interpolation": config.lewei_scale,
+        "pred_sigma": config.pred_sigma,
+        "num_classes": config.num_classes,
+        **{name: value for name, value in sizes.items() if value is not None},
+    }
+
+
+def build_network(config: TrainConfig, start: str | Path | None = None) -> Any:
     """A network with the config's precision and memory options, in float32 on the CPU.
 
     Args:
-        start: a checkpoint of any kind (see `open_checkpoint`) with its weights, loaded strictly and held once; None =
-            initial weights from torch's global generator.
+        start: a checkpoint of any kind, see `started_network`; None = initial weights from torch's global generator.
+    Returns:
+        `PixArt`, or for DiT_* models `DiT`.
     Raises:
         ConfigError: unknown model name, or sizes that do not divide.
         CheckpointError: nothing to read, or every weight that does not fit, listed.
     """
-    with torch.device("meta") if start is not None else contextlib.nullcontext():
-        model = build_model(config.model, **model_options(config))
-    if start is not None:
-        _load_starting_weights(model, start)
+    options, head = model_options(config), alignment_head(config)
+    if start is None:
+        model = new_network(config.model, options, head)
+    else:
+        model = started_network(config.model, options, start, head)
     recomputing = config.grad_checkpointing_args
     every = recomputing.every if config.grad_checkpointing else 0
     model.enable_gradient_checkpointing(every, selective=recomputing.policy == "selective")
     model.use_fp32_attention(config.fp32_attention)
     return model
-
-
-def _load_starting_weights(model: PixArt, path: str | Path) -> None:
-    """Give a network on the meta device the weights of a file; a null caption that the file lacks is drawn anew."""
-    weights = read_weights(path)
-    if weights.control:
-        raise CheckpointError(f"{path} is a ControlNet; training starts from a transformer")
-    load_weights(model, weights.state_dict, path, assign=True)
-    has_null_caption = not model.y_embedder.y_embedding.is_meta
-    materialize_buffers(model)
-    if not has_null_caption:
-        model.y_embedder.reset_null_caption()
-    model.float()
 
 
 def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
@@ -95,6 +100,7 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
     if split is None and config.pipeline_load_from is not None and not isinstance(dataset, OriginalLayout):
         for store in dataset.feature_stores:
             check_encoders(store.root, store.fingerprint, config.pipeline_load_from)
+    prepare_for_levers(config, dataset)
     channels = getattr(dataset, "caption_channels", config.caption_channels)
     if channels != config.caption_channels:
         raise DataError(
@@ -105,13 +111,13 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
 
 
 def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective:
-    """Base training (IDDPM) as the config describes it.
+    """Base training as the config describes it: noise, velocity or flow, for captions or classes.
 
     Raises:
         ConfigError: a null caption that the data cannot give.
     """
     null_embeds: torch.Tensor | None = None
-    if config.null_caption == "t5_empty":
+    if config.null_caption == "t5_empty" and not is_class_conditional(config.model):
         null_embeds = getattr(dataset, "null_caption", None)
         if null_embeds is None:
             raise ConfigError(
@@ -122,7 +128,8 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         raise ConfigError("snr_loss=True is not offered (it mixes two losses); use process.min_snr_gamma=5")
     process = config.process
     skewed = process.timestep_sampling == "logit_normal"
-    return DenoisingObjective(
+    kind, options = objective_kind(config)
+    return kind(
         process=IDDPM("", process.noise_schedule, config.train_sampling_steps),
         scale_factor=config.scale_factor,
         class_dropout_prob=config.class_dropout_prob,
@@ -131,4 +138,5 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         min_snr_gamma=process.min_snr_gamma,
         learn_variance=config.learn_sigma,
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
+        **options,
     )

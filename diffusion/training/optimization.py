@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
+from diffusion.training.low_bit import adamw_8bit
 from diffusion.training.sharding import local, part_like, whole
 
 REFERENCE_BATCH = 256
@@ -25,16 +27,36 @@ def scaled_learning_rate(config: TrainConfig, global_batch: int) -> float:
     return config.optimizer.lr * (math.sqrt(ratio) if config.auto_lr.rule == "sqrt" else ratio)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and scale-shift tables do not."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decays = [p for name, p in trainable if p.ndim > 1 and not name.endswith("scale_shift_table")]
-    rest = [p for name, p in trainable if p.ndim <= 1 or name.endswith("scale_shift_table")]
-    groups: list[dict[str, Any]] = [
-        {"params": decays, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, patterns: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; biases, norms and scale-shift tables do not.
+
+    Args:
+        patterns: weight decay by name, instead of this rule; the first pattern that matches counts.
+    Raises:
+        ConfigError: a pattern matches no trainable weight that an earlier one has left.
+    """
+    patterns = patterns or {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {("matrices", weight_decay): [], ("others", 0.0): []}
+    unused = dict(patterns)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matching = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+        if matching is not None:
+            unused.pop(matching, None)
+            groups.setdefault((matching, patterns[matching]), []).append(parameter)
+        elif parameter.ndim > 1 and not name.endswith("scale_shift_table"):
+            groups["matrices", weight_decay].append(parameter)
+        else:
+            groups["others", 0.0].append(parameter)
+    if unused:
+        raise ConfigError(
+            f"optimizer.weight_decay_patterns: {next(iter(unused))!r} matches no weight (or an earlier pattern takes "
+            f"them all); a name is e.g. {next(iter(dict(model.named_parameters())))!r}"
+        )
+    return [{"params": group, "weight_decay": decay} for (_, decay), group in groups.items() if group]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) -> torch.optim.Optimizer:
@@ -43,7 +65,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
     Raises:
         ConfigError: nothing is trainable.
     """
-    groups = parameter_groups(model, config.optimizer.weight_decay)
+    groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.weight_decay_patterns)
     if not groups:
         raise ConfigError("the model has no trainable parameters")
     lr, settings = scaled_learning_rate(config, global_batch), config.optimizer
@@ -54,10 +76,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
     if settings.type in ("AdamW", "Adam"):
         cls = torch.optim.AdamW if settings.type == "AdamW" else torch.optim.Adam
         return cls(groups, lr=lr, fused=True, **{"eps": _ADAM_EPS, **options})
+    if settings.type == "AdamW8bit":
+        return adamw_8bit(groups, lr, options)
     import pytorch_optimizer
 
     if settings.type == "Muon":
-        return _muon(pytorch_optimizer.Muon, model, settings.weight_decay, lr, options)
+        return _muon(pytorch_optimizer.Muon, model, groups, lr, options)
     if settings.type == "CAME" and "eps" in options:
         options["eps1"], options["eps2"] = options.pop("eps")
     built: torch.optim.Optimizer = getattr(pytorch_optimizer, settings.type)(groups, lr=lr, **options)
@@ -65,7 +89,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
 
 
 def _muon(
-    cls: Callable[..., torch.optim.Optimizer], model: nn.Module, weight_decay: float, lr: float, options: dict[str, Any]
+    cls: Callable[..., torch.optim.Optimizer],
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    lr: float,
+    options: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) on the matrices of the blocks, with updates of AdamW's size (arXiv:2502.16982).
 
@@ -76,15 +104,15 @@ def _muon(
         for name, parameter in model.named_parameters()
         if "blocks." in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
     }
-    groups = [
+    split = [
         {**group, "params": chosen, "use_muon": use_muon}
-        for group in parameter_groups(model, weight_decay)
+        for group in groups
         for use_muon in (True, False)
         if (chosen := [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon])
     ]
     momentum = {"momentum": options["momentum"]} if "momentum" in options else {}
     return cls(
-        groups,
+        split,
         lr=lr,
         use_adjusted_lr=True,
         adamw_lr=lr,

@@ -25,11 +25,11 @@ from diffusion.checkpoints.training_state import require_free_space
 from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, ConfigError
 from diffusion.files import sync
-from diffusion.models import build_model
 from diffusion.training.building import model_options
 from diffusion.training.optimization import blend
 from diffusion.training.posthoc_ema import Profile, combine, gamma_of, update_weight
 from diffusion.training.sharding import gather, part_like
+from diffusion.training.starting import new_network
 
 FOLDER = "posthoc_ema"
 _NAME = re.compile(r"^step-(\d+)_sigma_rel-(\d[\d.e-]*)\.safetensors$")
@@ -155,7 +155,7 @@ def reconstruct(
     used = {profile: path for profile, path in stored.items() if profile.step <= step}
     combination = combine(list(used), Profile(step, sigma_rel))
     with torch.device("meta"):
-        network = build_model(config.model, **model_options(config))
+        network = new_network(config.model, model_options(config))
     with new_folder(output) as folder:
         mixed = mix_snapshots(network, dict(zip(used.values(), combination.coefficients.tolist())))
         load_weights(network, mixed, work_dir, assign=True)

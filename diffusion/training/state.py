@@ -32,6 +32,7 @@ from diffusion.training.building import build_network
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.sharding import gather, is_sharded, parts_like, whole
+from diffusion.training.starting import require_same_prediction
 from diffusion.training.verdict import Verdict
 
 TRAINER_FILE = "trainer.json"
@@ -180,7 +181,8 @@ class RunState:
         content = json.loads((folder / TRAINER_FILE).read_text())
         if load_ema and content["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
-        _, weights = read_transformer(folder, ema=load_ema)
+        stored, weights = read_transformer(folder, ema=load_ema)
+        require_same_prediction(self.network, getattr(stored, "prediction_type", "epsilon"), folder)
         load_weights(self.network, parts_like(self.network.state_dict(), weights), folder)
         if self.average is not None:
             if content["ema_updates"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class ValidationLoss:
     def __init__(self, config: TrainConfig, objective: DenoisingObjective, ranks: Ranks) -> None:
         self.ranks, self.seed = ranks, config.validation.seed
         # Uniform timesteps, whatever training draws: losses of runs that differ in it stay comparable.
-        self.objective = replace(objective, class_dropout_prob=0.0, logit_normal=None)
+        levers: dict[str, Any] = {"logit_normal": None, "routing": None, "alignment": None}
+        self.objective = replace(objective, class_dropout_prob=0.0, **levers)
         dataset = build_training_data(config, split=config.validation.split)
         count = min(config.validation.num_samples, len(dataset))
         groups: dict[object, list[int]] = {}
@@ -66,6 +67,7 @@ class PromptGrid:
         from diffusion.images import load_vae
         from diffusion.inference import PixArtPipeline
         from diffusion.inference.folders import load_scheduler
+        from diffusion.inference.solvers import fitting_scheduler
         from diffusion.text import CaptionEncoder
 
         if config.pipeline_load_from is None:
@@ -77,6 +79,7 @@ class PromptGrid:
         folder = config.pipeline_load_from  # it may lack a transformer: this run may be making the first
         encoder = CaptionEncoder.from_pretrained(folder, device=device, max_length=config.model_max_length)
         vae, scheduler = load_vae(folder, device=device), load_scheduler(folder)
+        scheduler = fitting_scheduler(scheduler, config.process.prediction_type, config.process.flow_shift)
         if not math.isclose(vae.config.scaling_factor, config.scale_factor, rel_tol=1e-4):
             raise ConfigError(
                 f"scale_factor={config.scale_factor} is not that of the VAE in {folder}; set it to "

@@ -113,7 +113,7 @@ def test_place_is_the_file_and_line_that_set_the_key(tmp_path: Path) -> None:
         ("data.type=InternalDatMS", "did you mean 'InternalDataMS'?"),
         (
             "optimizer.type=Lamb",
-            "must be one of 'AdamW', 'Adam', 'SGD', 'Muon', 'Lion', 'CAME', 'Prodigy'; replace the",
+            "must be one of 'AdamW', 'Adam', 'SGD', 'Muon', 'Lion', 'CAME', 'Prodigy', 'AdamW8bit'; replace the",
         ),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] must be 2 numbers in [0, 1) for AdamW"),
         ("optimizer.betas=[0.9,0.99,0.999]", "must be 2 numbers in [0, 1) for AdamW; usual values are (0.9, 0.999)"),

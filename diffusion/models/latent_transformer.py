@@ -1,0 +1,114 @@
+"""What PixArt and DiT share: patches and positions, recomputation, precision of attention, compilation.
+
+Legend: B batch, C latent channels, h x w latent size, N image tokens, D width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffusion.models.attention import SelfAttention
+from diffusion.models.checkpointing import recompute
+from diffusion.models.embeddings import PatchEmbedder, sincos_position_embedding
+
+
+class TransformerConfig(Protocol):
+    """The fields that the shared part reads; see `PixArtConfig`."""
+
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def base_size(self) -> int: ...
+    @property
+    def pe_interpolation(self) -> float: ...
+
+
+@lru_cache(maxsize=128)
+def _position_embedding(
+    width: int, grid: tuple[int, int], base_size: int, scale: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False):
+        return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
+
+
+class LatentTransformer(nn.Module):
+    """A transformer over patches of latents, with `x_embedder` and `blocks`."""
+
+    config: Any
+    x_embedder: PatchEmbedder
+    blocks: nn.ModuleList
+    pos_embed: Tensor
+    checkpoint_every = 0
+    checkpoint_selectively = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_embedder.proj.weight.device
+
+    def position_embedding(self) -> Tensor:
+        """The table of the training size, (1, base_size^2, D): the `pos_embed` buffer of official files."""
+        return self._sincos((self.config.base_size, self.config.base_size)).clone()
+
+    def enable_gradient_checkpointing(self, every: int = 1, *, selective: bool = False) -> None:
+        """Recompute every `every`-th block in the backward pass instead of keeping its activations; 0 = off.
+
+        Args:
+            selective: keep the outputs of matrix products and attention, and recompute the rest.
+        """
+        self.checkpoint_every, self.checkpoint_selectively = every, selective
+
+    def use_fp32_attention(self, enabled: bool = True) -> None:
+        """Compute self-attention in float32 under mixed precision, as the original's training configs ask."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.fp32 = enabled
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse the work inside each block; all blocks share one compilation, state-dict keys stay.
+
+        Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow; another caption length is compiled once.
+        """
+        for block in self.blocks:
+            block.compile()
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Patches and positions: (B, C, h, w) -> (B, N, D)."""
+        return self.x_embedder(latents.to(self.dtype)) + self._sincos(self._token_grid(latents))
+
+    def _run_block(self, index: int, *arguments: Any) -> Tensor:
+        """One block, recomputed in the backward pass if that is asked for."""
+        block = self.blocks[index]
+        if self.checkpoint_every and self.training and index % self.checkpoint_every == 0:
+            return recompute(block, *arguments, selective=self.checkpoint_selectively)
+        tokens: Tensor = block(*arguments)
+        return tokens
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, p * p * C_out) -> (B, C_out, h, w)."""
+        (rows, cols), p = grid, self.config.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=cols, p=p, q=p)
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int]:
+        height, width = latents.shape[-2:]
+        p = self.config.patch_size
+        if height % p or width % p:
+            raise ValueError(f"latents of {height}x{width} do not divide into patches of {p}x{p}")
+        return height // p, width // p
+
+    def _sincos(self, grid: tuple[int, int]) -> Tensor:
+        config = self.config
+        device, dtype = self.device, self.dtype
+        if device.type == "meta":
+            return torch.empty(1, grid[0] * grid[1], config.hidden_size, device=device, dtype=dtype)
+        return _position_embedding(config.hidden_size, grid, config.base_size, config.pe_interpolation, device, dtype)
