@@ -54,3 +54,12 @@ def test_loader(tmp_path: Path) -> None:
     sizes = ["--rows", 64, "--channels", 16, "--workers", 2, "--batch-size", 8, "--batches", 5]
     run("benchmarks/bench_loader.py", *sizes, "--out", out)
     assert json.loads(out.read_text())["samples_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_saving(tmp_path: Path) -> None:
+    out = tmp_path / "saving.json"
+    run("benchmarks/bench_saving.py", "--width", 64, "--depth", 1, "--saves", 2, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["background_wait_s"] > 0
+    assert result["checkpoint_mb"] > 1

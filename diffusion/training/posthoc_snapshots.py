@@ -45,10 +45,6 @@ class PosthocAverages:
             for sigma_rel in sigma_rels
         }
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for average in self.tensors.values() for tensor in average.values())
-
     def update(self, model: nn.Module, step: int) -> None:
         """Fold in the weights after optimiser step `step`, 1 = the first."""
         current = model.state_dict()
@@ -56,20 +52,8 @@ class PosthocAverages:
             blend(average, current, update_weight(self._gammas[sigma_rel], step))
 
     def write(self, folder: Path, step: int, dtype: torch.dtype) -> None:
-        """One safetensors file an average, native keys, the step and sigma_rel in its name.
-
-        Raises:
-            StorageError: the disk is too full for it.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        require_free_space(folder, self.nbytes * dtype.itemsize // torch.float32.itemsize)
-        for sigma_rel, average in self.tensors.items():
-            path = snapshot_path(folder, Profile(step, sigma_rel))
-            aside = path.with_name(f"{_ASIDE}{path.name}")
-            save_tensors({key: tensor.to("cpu", dtype).contiguous() for key, tensor in average.items()}, aside)
-            sync(aside)
-            os.replace(aside, path)
-        sync(folder)
+        """See `write_averages`."""
+        write_averages(self.tensors, folder, step, dtype)
 
     @torch.no_grad()
     def read(self, folder: Path, step: int) -> None:
@@ -88,6 +72,24 @@ class PosthocAverages:
             stored = TensorFile(snapshot_path(folder, Profile(step, sigma_rel)))
             for key, tensor in average.items():
                 tensor.copy_(stored[key])
+
+
+def write_averages(averages: Mapping[float, Mapping[str, Tensor]], folder: Path, step: int, dtype: torch.dtype) -> None:
+    """One safetensors file an average, native keys, the step and sigma_rel in its name.
+
+    Raises:
+        StorageError: the disk is too full for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = sum(tensor.numel() for average in averages.values() for tensor in average.values())
+    require_free_space(folder, values * dtype.itemsize)
+    for sigma_rel, average in averages.items():
+        path = snapshot_path(folder, Profile(step, sigma_rel))
+        aside = path.with_name(f"{_ASIDE}{path.name}")
+        save_tensors({key: tensor.to("cpu", dtype).contiguous() for key, tensor in average.items()}, aside)
+        sync(aside)
+        os.replace(aside, path)
+    sync(folder)
 
 
 def snapshot_path(folder: Path, profile: Profile) -> Path:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from diffusion import __version__
-from diffusion.checkpoints import load_weights, read_transformer, save_transformer
-from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
-from diffusion.errors import CheckpointError
-from diffusion.models import PixArt
+from diffusion.checkpoints import load_weights, read_transformer, write_transformer
+from diffusion.checkpoints.training_state import FORMAT_VERSION
+from diffusion.errors import CheckpointError, StorageError
+from diffusion.models import PixArt, PixArtConfig
 from diffusion.training import posthoc_snapshots
+from diffusion.training.host_copy import HostCopies
 from diffusion.training.optimization import WeightAverage
-from diffusion.training.posthoc_snapshots import PosthocAverages
+from diffusion.training.posthoc_snapshots import PosthocAverages, write_averages
 
 TRAINER_FILE = "trainer.json"
 
@@ -48,78 +53,137 @@ class RunState:
         if self.posthoc is not None:
             self.posthoc.update(self.network, self.step)
 
-    def save(self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool) -> Path:
-        """Write `root/checkpoint-<step>`: transformer/, transformer_ema/, posthoc_ema/, training_state/, trainer.json.
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the weights, so that all of them take part in a save."""
+        return any(isinstance(parameter, DTensor) for parameter in self.network.parameters())
+
+    def copy_to_host(self, copies: HostCopies, facts: Mapping[str, Any]) -> HostState:
+        """Everything a checkpoint holds, as of now, in host memory.
 
         Args:
             facts: of the run (seed, world size, config, ...), kept in trainer.json.
-        Raises:
-            StorageError, OSError: the disk is full or failing; nothing is left behind.
         """
-        weights = sum(tensor.nbytes for tensor in self.network.state_dict().values())
-        posthoc = 0 if self.posthoc is None else self.posthoc.nbytes
-
-        def write(folder: Path) -> None:
-            save_transformer(self.network, folder / "transformer", stored_null_caption=stored_null_caption)
-            if self.average is not None:
-                with averaged_weights(self.network, self.average):
-                    save_transformer(self.network, folder / "transformer_ema", stored_null_caption=stored_null_caption)
-            if self.posthoc is not None:
-                self.posthoc.write(folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
-                state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
-                dcp.save(state, checkpoint_id=folder / "training_state", no_dist=True)
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
-            content = {
-                "format_version": FORMAT_VERSION,
-                "step": self.step,
-                "scaler": self.scaler.state_dict(),
-                "ema_updates": self.average.num_updates if self.average is not None else None,
-                "versions": versions,
-                **facts,
-            }
-            (folder / TRAINER_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-        return save_checkpoint(root, self.step, 4 * weights + posthoc + (1 << 20), write)
+        tensors = {
+            "weights": self.network.state_dict(),
+            "averaged": self.average.tensors if self.average is not None else None,
+            "posthoc": self.posthoc.tensors if self.posthoc is not None else None,
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
+        }
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.average.num_updates if self.average is not None else None,
+            "versions": versions,
+            **facts,
+        }
+        return HostState(step=self.step, config=self.network.config, record=record, **copies.take(tensors))
 
     def restore(self, folder: Path, *, load_ema: bool = False, resume_optimizer: bool = True) -> dict[str, Any]:
-        """Load everything that `save` wrote; returns the content of trainer.json.
+        """Load everything that `HostState.write` wrote into a checkpoint that was verified; returns its record.
 
         Args:
             load_ema: the trained weights go on from the averaged ones.
             resume_optimizer: False starts with fresh moments.
         Raises:
-            CheckpointError: the folder is damaged, or belongs to another model.
+            CheckpointError: the folder belongs to another model, or lacks what the run needs.
         """
-        problem = verify(folder)
-        if problem is not None:
-            raise CheckpointError(f"{folder} cannot be resumed: {problem}")
-        content = json.loads((folder / TRAINER_FILE).read_text())
-        if load_ema and content["ema_updates"] is None:
+        record = read_record(folder)
+        if load_ema and record["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
         _, weights = read_transformer(folder, ema=load_ema)
         load_weights(self.network, weights, folder)
         if self.average is not None:
-            if content["ema_updates"] is None:
+            if record["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
             _, averaged = read_transformer(folder / "transformer_ema")
-            self.average.load(averaged, content["ema_updates"])
+            self.average.load(averaged, record["ema_updates"])
         if self.posthoc is not None:
-            self.posthoc.read(folder / posthoc_snapshots.FOLDER, content["step"])
+            self.posthoc.read(folder / posthoc_snapshots.FOLDER, record["step"])
         if resume_optimizer:
             self._restore_optimizer(folder / "training_state")
-        self.scaler.load_state_dict(content["scaler"])
-        self.step = content["step"]
-        return content
+        self.scaler.load_state_dict(record["scaler"])
+        self.step = record["step"]
+        return record
 
     def _restore_optimizer(self, folder: Path) -> None:
         state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{folder} does not fit the optimizer ({_reason(error)}); use the one it was saved with, or set "
+                "resume_from.resume_optimizer=False"
+            ) from None
         set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+
+
+@dataclass
+class HostState:
+    """A run's state after a step, in host memory: what one checkpoint holds."""
+
+    step: int
+    config: PixArtConfig
+    record: dict[str, Any]
+    weights: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    posthoc: dict[float, dict[str, Tensor]] | None
+    optimizer: dict[str, Any] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files, nearly."""
+        return _nbytes([self.weights, self.averaged, self.posthoc, self.optimizer]) + (1 << 20)
+
+    def write(self, folder: Path, *, stored_null_caption: bool) -> None:
+        """Fill a folder: transformer/, transformer_ema/, posthoc_ema/, training_state/, trainer.json.
+
+        Raises:
+            StorageError, OSError: the disk is full or failing.
+        """
+        kept = ("y_embedder.y_embedding",) if stored_null_caption else ()
+        write_transformer(self.weights, self.config, folder / "transformer", native_only=kept)
+        if self.averaged is not None:
+            write_transformer(self.averaged, self.config, folder / "transformer_ema", native_only=kept)
+        if self.posthoc is not None:
+            write_averages(self.posthoc, folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
+        self._write_optimizer(folder / "training_state")
+        (folder / TRAINER_FILE).write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def _write_optimizer(self, folder: Path) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
+                dcp.save({"optimizer": self.optimizer}, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:  # no Exception, and twenty lines of traceback
+            raise StorageError(f"{folder} could not be written ({_reason(error)})") from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Content of trainer.json of any format version, in the newest one's form."""
+    record: dict[str, Any] = json.loads((folder / TRAINER_FILE).read_bytes())
+    if record["format_version"] < 2:  # its next log line averages the steps after the checkpoint alone
+        record |= {"window": None, "data": None}
+    return record
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first failure that torch.distributed.checkpoint wraps, in one line."""
+    cause, _ = next(iter(error.failures.values()))
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 class averaged_weights:
