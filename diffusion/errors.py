@@ -57,6 +57,12 @@ class WorkDirLockedError(PixArtError):
     exit_code = EXIT_WORK_DIR_LOCKED
 
 
+class PreemptedError(PixArtError):
+    """Training was asked to end (SIGTERM), saved and stopped; the same command with --resume-from latest goes on."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 class NumericalError(PixArtError):
     """Training stopped because loss or gradients are not finite, or processes that should agree do not."""
 

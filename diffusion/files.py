@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,6 +62,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 class FolderLock:
     """An flock on FOLDER/.lock; the kernel releases it when its process ends, however it ends.
 
+    Forked children (data-loading workers) give their copy back, so that they do not hold it after a kill -9 of the run.
+
     Args:
         flag: the argument that chose the folder, named in the error.
     Raises:
@@ -83,6 +86,18 @@ class FolderLock:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         self._file.write(json.dumps(owner))
         self._file.flush()
+        _HELD.add(self)
 
     def release(self) -> None:
         self._file.close()
+
+
+_HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in _HELD:
+        lock.release()  # closes the child's descriptor alone; the lock stays with the parent's
+
+
+os.register_at_fork(after_in_child=_release_in_child)

@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffusion.errors import ConfigError
+from diffusion.errors import ConfigError, PixArtError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -69,6 +72,22 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What a function returns on the main rank, on every rank; errors that the user can mend are raised on all."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = function()
+            except (PixArtError, OSError) as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, (PixArtError, OSError)):
+            try:
+                raise result
+            finally:
+                del result  # no cycle through its traceback, which would hold what failed (a lock, say) for a while
+        return result  # type: ignore[no-any-return]
 
     def gather(self, value: Any) -> list[Any]:
         """The (picklable) values of all ranks in their order, on every rank."""

@@ -94,3 +94,11 @@ def test_presets(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["presets"]
     assert set(rows) == {"scratch-tiny", "full-24gb", "full-80gb"}
     assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())
+
+
+def test_saving(tmp_path: Path) -> None:
+    out = tmp_path / "saving.json"
+    run("benchmarks/bench_saving.py", "--width", 64, "--depth", 1, "--saves", 2, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["background_wait_s"] > 0
+    assert result["checkpoint_mb"] > 1

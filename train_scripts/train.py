@@ -51,6 +51,7 @@ def main() -> None:
         args.work_dir or config.work_dir,
         resume_from=args.resume_from,
         load_from=args.load_from,
+        allow_config_change=args.allow_config_change,
         reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
     )
     trainer.fit()

@@ -19,15 +19,21 @@ from diffusion.files import hash_file, sync
 
 LOGGER = logging.getLogger("pixart")
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+# 2: trainer.json also holds the open metrics window and the identity of the data. `training.state` reads version 1.
+FORMAT_VERSION = 2
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 def staging_folder(root: Path, step: int) -> Path:
     """An empty folder beside the checkpoints, on the same file system."""
-    folder = root / f".tmp-checkpoint-{step}-{uuid.uuid4().hex[:8]}"
+    folder = staging_name(root, f"checkpoint-{step}")
     folder.mkdir(parents=True)
     return folder
+
+
+def staging_name(root: Path, name: str) -> Path:
+    """A hidden name beside the checkpoints that `remove_stale` knows."""
+    return root / f".tmp-{name}-{uuid.uuid4().hex[:8]}"
 
 
 def commit(staging: Path, root: Path, step: int) -> Path:
@@ -57,14 +63,34 @@ def commit(staging: Path, root: Path, step: int) -> Path:
 
 
 def verify(folder: Path, *, hashes: bool = True) -> str | None:
-    """None if a checkpoint is whole, else what is wrong with it."""
+    """None if a checkpoint is whole, else what is wrong with it.
+
+    Raises:
+        CheckpointError: it is not damaged, but cannot be read: a newer format, or no permission.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} is missing or damaged ({error})"
-    if manifest.get("format_version", 0) > FORMAT_VERSION:
-        return f"format version {manifest['format_version']} is newer than this program's {FORMAT_VERSION}"
+        return _problem(folder, hashes)
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename} may not be read (permission denied); mend its permissions") from error
+
+
+def _problem(folder: Path, hashes: bool) -> str | None:
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        version, entries = manifest["format_version"], manifest["files"]
+    except PermissionError:
+        raise
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is damaged ({error!r})"
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}, written by a newer version of this program; this one reads up to "
+            f"{FORMAT_VERSION}: update it, or name an older checkpoint"
+        )
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -83,21 +109,37 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest whole checkpoint; damaged newer ones are renamed `.corrupt`, loudly. None if there are none at all.
+    """The newest whole checkpoint; damaged newer ones are renamed `.corrupt`, loudly. None if there never were any.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole; a run never restarts from zero by itself.
+        CheckpointError: there are checkpoints, but none is whole (a run never restarts from zero by itself), or one is
+            of a newer format or may not be read.
     """
-    candidates = list_checkpoints(root)
-    for _, folder in reversed(candidates):
+    for _, folder in reversed(list_checkpoints(root)):
         problem = verify(folder)
         if problem is None:
             return folder
         LOGGER.warning("checkpoint %s is damaged: %s; it is renamed and the one before is used", folder, problem)
-        folder.rename(folder.with_name(f"{folder.name}.corrupt"))
-    if candidates:
+        set_aside(folder, "corrupt")
+    if any(root.glob("checkpoint-*.corrupt*")):
         raise CheckpointError(f"no checkpoint in {root} is whole; restore one from a copy or start in a new --work-dir")
     return None
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to `checkpoint-N.<why>` (or `.<why>-2`, ...): kept, but never resumed or rotated."""
+    taken = len([*folder.parent.glob(f"{folder.name}.{why}*")])
+    target = folder.with_name(f"{folder.name}.{why}" + (f"-{taken + 1}" if taken else ""))
+    folder.rename(target)
+    return target
+
+
+def supersede_after(root: Path, step: int) -> None:
+    """Set aside the checkpoints of later steps: the run goes on from an earlier one and writes them anew."""
+    for later, folder in list_checkpoints(root):
+        if later > step:
+            kept = set_aside(folder, "superseded")
+            LOGGER.warning("going on from step %d: %s is kept as %s", step, folder, kept.name)
 
 
 def remove_stale(root: Path) -> None:
@@ -106,13 +148,22 @@ def remove_stale(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def rotate(root: Path, limit: int | None, keep: Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but never `keep` (the one the run resumed from)."""
+def rotate(root: Path, limit: int | None, keep: Path | None = None, keep_every: int | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit`.
+
+    Args:
+        keep: is never deleted (the one the run resumed from).
+        keep_every: multiples of so many steps are never deleted and do not count.
+    """
     if limit is None:
         return
-    for _, folder in list_checkpoints(root)[:-limit]:
-        if folder != keep:
-            shutil.rmtree(folder)
+    counted = [folder for step, folder in list_checkpoints(root) if keep_every is None or step % keep_every]
+    for folder in counted[:-limit]:
+        if folder == keep:
+            continue
+        # One rename takes it away whole: killed while it deletes, a run does not find half a checkpoint.
+        doomed = folder.rename(staging_name(root, folder.name))
+        shutil.rmtree(doomed)
 
 
 def require_free_space(root: Path, needed_bytes: int) -> None:

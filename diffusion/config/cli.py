@@ -56,6 +56,12 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.A
     add("config", help="config file (.py)")
     add("--work-dir", "--work_dir", help="folder of logs and checkpoints, instead of the config's work_dir")
     add("--resume-from", "--resume_from", help="checkpoint folder to continue, or 'latest' of the work-dir")
+    add(
+        "--allow-config-change",
+        "--allow_config_change",
+        action="store_true",
+        help="resume although keys or data that change the training are not those of the checkpoint; they are listed",
+    )
     add("--load-from", "--load_from", help="weights to start from, instead of the config's load_from")
     add(
         "--cfg-options",

@@ -183,6 +183,15 @@ class RunFields(Section):
     checkpoints_total_limit: int | None = Field(
         default=None, ge=2, description="Newest checkpoints kept, at least 2; None = all."
     )
+    checkpoints_keep_every: int | None = Field(
+        default=None, gt=0, description="Checkpoints at multiples of so many steps are kept whatever the limit."
+    )
+    save_async: bool = Field(
+        default=True, description="Write checkpoints while training goes on, from a copy in host memory."
+    )
+    max_failed_saves: int = Field(
+        default=3, gt=0, description="So many failed saves in a row end the run with exit code 74; 1 = the first does."
+    )
     eval_sampling_steps: int = Field(
         default=250,
         gt=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,4 +124,10 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_process_group,
     )
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C and SIGTERM may go to a whole process group; a worker that they end could not feed the last step."""
+    os.setpgid(0, 0)

@@ -28,7 +28,7 @@ from diffusion.files import sync
 from diffusion.training.building import model_options
 from diffusion.training.optimization import blend
 from diffusion.training.posthoc_ema import Profile, combine, gamma_of, update_weight
-from diffusion.training.sharding import gather, part_like
+from diffusion.training.sharding import part_like
 from diffusion.training.starting import new_network
 
 FOLDER = "posthoc_ema"
@@ -46,40 +46,15 @@ class PosthocAverages:
             for sigma_rel in sigma_rels
         }
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for average in self.tensors.values() for tensor in average.values())
-
     def update(self, model: nn.Module, step: int) -> None:
         """Fold in the weights after optimiser step `step`, 1 = the first."""
         current = model.state_dict()
         for sigma_rel, average in self.tensors.items():
             blend(average, current, update_weight(self._gammas[sigma_rel], step))
 
-    def gathered(self, *, keep: bool) -> dict[float, dict[str, Tensor]]:
-        """The averages of a sharded network, whole, in host memory; all processes call it, one keeps them."""
-        whole = {sigma_rel: gather(average, keep=keep) for sigma_rel, average in self.tensors.items()}
-        return whole if keep else {}
-
-    def write(
-        self, folder: Path, step: int, dtype: torch.dtype, tensors: Mapping[float, Mapping[str, Tensor]] | None = None
-    ) -> None:
-        """One safetensors file an average, native keys, the step and sigma_rel in its name.
-
-        Args:
-            tensors: what `gathered` gave; None = the averages as they are.
-        Raises:
-            StorageError: the disk is too full for it.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        require_free_space(folder, self.nbytes * dtype.itemsize // torch.float32.itemsize)
-        for sigma_rel, average in (self.tensors if tensors is None else tensors).items():
-            path = snapshot_path(folder, Profile(step, sigma_rel))
-            aside = path.with_name(f"{_ASIDE}{path.name}")
-            save_tensors({key: tensor.to("cpu", dtype).contiguous() for key, tensor in average.items()}, aside)
-            sync(aside)
-            os.replace(aside, path)
-        sync(folder)
+    def write(self, folder: Path, step: int, dtype: torch.dtype) -> None:
+        """See `write_averages`."""
+        write_averages(self.tensors, folder, step, dtype)
 
     @torch.no_grad()
     def read(self, folder: Path, step: int) -> None:
@@ -98,6 +73,24 @@ class PosthocAverages:
             stored = TensorFile(snapshot_path(folder, Profile(step, sigma_rel)))
             for key, tensor in average.items():
                 tensor.copy_(part_like(tensor, stored[key]))
+
+
+def write_averages(averages: Mapping[float, Mapping[str, Tensor]], folder: Path, step: int, dtype: torch.dtype) -> None:
+    """One safetensors file an average, native keys, the step and sigma_rel in its name.
+
+    Raises:
+        StorageError: the disk is too full for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = sum(tensor.numel() for average in averages.values() for tensor in average.values())
+    require_free_space(folder, values * dtype.itemsize)
+    for sigma_rel, average in averages.items():
+        path = snapshot_path(folder, Profile(step, sigma_rel))
+        aside = path.with_name(f"{_ASIDE}{path.name}")
+        save_tensors({key: tensor.to("cpu", dtype).contiguous() for key, tensor in average.items()}, aside)
+        sync(aside)
+        os.replace(aside, path)
+    sync(folder)
 
 
 def snapshot_path(folder: Path, profile: Profile) -> Path:

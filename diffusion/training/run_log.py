@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from diffusion.files import write_atomically
 
 LOGGER = logging.getLogger("pixart")
 
@@ -45,7 +48,7 @@ class MetricsLog:
         self.path = work_dir / "metrics.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
@@ -68,6 +71,13 @@ class MetricsLog:
             import numpy as np
 
             self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Bring everything to the disk; called before a save, so that a resumed run lacks no step."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         self._file.close()

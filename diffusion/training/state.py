@@ -7,7 +7,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,25 @@ import diffusers
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from diffusion import __version__
 from diffusion.checkpoints import load_weights, read_transformer, write_transformer
-from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
+from diffusion.checkpoints.training_state import FORMAT_VERSION
 from diffusion.config import TrainConfig
-from diffusion.errors import CheckpointError
-from diffusion.models import PixArt
+from diffusion.errors import CheckpointError, StorageError
+from diffusion.models import PixArt, PixArtConfig
 from diffusion.training import posthoc_snapshots
 from diffusion.training.building import build_network
+from diffusion.training.host_copy import HostCopies
 from diffusion.training.optimization import WeightAverage
-from diffusion.training.posthoc_snapshots import PosthocAverages
-from diffusion.training.sharding import gather, is_sharded, parts_like, whole
+from diffusion.training.posthoc_snapshots import PosthocAverages, write_averages
+from diffusion.training.sharding import is_sharded, parts_like, whole
 from diffusion.training.starting import require_same_prediction
 from diffusion.training.verdict import Verdict
 
 TRAINER_FILE = "trainer.json"
-
-
-@dataclass
-class Contents:
-    """The tensors of a checkpoint, whole, whatever the run shares out; None = the run has none.
-
-    `posthoc` is None as well where the averages are written as they are.
-    """
-
-    weights: Mapping[str, Tensor]
-    average: Mapping[str, Tensor] | None
-    posthoc: Mapping[float, Mapping[str, Tensor]] | None
-    optimizer: dict[str, Any]
 
 
 @dataclass
@@ -100,109 +85,140 @@ class RunState:
         if self.observe is not None:
             self.observe(verdict)
 
-    def gathered(self, *, keep: bool, checkpoint: bool = True) -> Contents | None:
-        """What a sharded run saves, whole and in host memory; every process must call this. None if nothing is sharded.
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the weights, so that all of them take part in a save."""
+        return is_sharded(self.network)
 
-        Args:
-            keep: whether this process wants it; the others get empty parts.
-            checkpoint: False gathers the post-hoc averages alone.
-        """
-        self.settle()
-        if not is_sharded(self.network):
-            return None
-        posthoc = self.posthoc.gathered(keep=keep) if self.posthoc is not None else None
-        if not checkpoint:
-            return Contents({}, None, posthoc, {})
-        average = gather(self.average.tensors, keep=keep) if self.average is not None else None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(self.network, self.optimizer, options=options)
-        return Contents(gather(self.network.state_dict(), keep=keep), average, posthoc, optimizer)
-
-    def _contents(self) -> Contents:
-        """What a run saves that is not sharded: its tensors as they are."""
-        self.settle()
-        average = self.average.tensors if self.average is not None else None
-        optimizer = get_optimizer_state_dict(self.network, self.optimizer)
-        return Contents(self.network.state_dict(), average, None, optimizer)
-
-    def save(
-        self, root: Path, facts: dict[str, Any], *, stored_null_caption: bool, contents: Contents | None = None
-    ) -> Path:
-        """Write `root/checkpoint-<step>`: transformer/, transformer_ema/, posthoc_ema/, training_state/, trainer.json.
+    def copy_to_host(self, copies: HostCopies, facts: Mapping[str, Any]) -> HostState:
+        """Everything a checkpoint holds, as of now, in host memory.
 
         Args:
             facts: of the run (seed, world size, config, ...), kept in trainer.json.
-            contents: what `gathered` gave.
-        Raises:
-            StorageError, OSError: the disk is full or failing; nothing is left behind.
         """
-        contents = contents or self._contents()
-        weights = sum(tensor.nbytes for tensor in contents.weights.values())
-        posthoc = 0 if self.posthoc is None else self.posthoc.nbytes
-        null_caption = ("y_embedder.y_embedding",) if stored_null_caption else ()
-
-        def write(folder: Path) -> None:
-            for name, tensors in (("transformer", contents.weights), ("transformer_ema", contents.average)):
-                if tensors is not None:
-                    on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-                    write_transformer(on_cpu, self.network.config, folder / name, native_only=null_caption)
-            if self.posthoc is not None:
-                self.posthoc.write(folder / posthoc_snapshots.FOLDER, self.step, torch.float32, contents.posthoc)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
-                dcp.save({"optimizer": contents.optimizer}, checkpoint_id=folder / "training_state", no_dist=True)
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
-            content = {
-                "format_version": FORMAT_VERSION,
-                "step": self.step,
-                "skipped_steps": self.skipped_steps,
-                "scaler": self.scaler.state_dict(),
-                "ema_updates": self.average.num_updates if self.average is not None else None,
-                "versions": versions,
-                **facts,
-            }
-            (folder / TRAINER_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-        return save_checkpoint(root, self.step, 4 * weights + posthoc + (1 << 20), write)
+        self.settle()
+        tensors = {
+            "weights": self.network.state_dict(),
+            "averaged": self.average.tensors if self.average is not None else None,
+            "posthoc": self.posthoc.tensors if self.posthoc is not None else None,
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
+        }
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.average.num_updates if self.average is not None else None,
+            "versions": versions,
+            **facts,
+        }
+        return HostState(step=self.step, config=self.network.config, record=record, **copies.take(tensors))
 
     def restore(self, folder: Path, *, load_ema: bool = False, resume_optimizer: bool = True) -> dict[str, Any]:
-        """Load everything that `save` wrote; returns the content of trainer.json.
+        """Load everything that `HostState.write` wrote into a checkpoint that was verified; returns its record.
 
         Args:
             load_ema: the trained weights go on from the averaged ones.
             resume_optimizer: False starts with fresh moments.
         Raises:
-            CheckpointError: the folder is damaged, or belongs to another model.
+            CheckpointError: the folder belongs to another model, or lacks what the run needs.
         """
-        problem = verify(folder)
-        if problem is not None:
-            raise CheckpointError(f"{folder} cannot be resumed: {problem}")
-        content = json.loads((folder / TRAINER_FILE).read_text())
-        if load_ema and content["ema_updates"] is None:
+        record = read_record(folder)
+        if load_ema and record["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
         stored, weights = read_transformer(folder, ema=load_ema)
         require_same_prediction(self.network, getattr(stored, "prediction_type", "epsilon"), folder)
         load_weights(self.network, parts_like(self.network.state_dict(), weights), folder)
         if self.average is not None:
-            if content["ema_updates"] is None:
+            if record["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
             _, averaged = read_transformer(folder / "transformer_ema")
-            self.average.load(averaged, content["ema_updates"])
+            self.average.load(averaged, record["ema_updates"])
         if self.posthoc is not None:
-            self.posthoc.read(folder / posthoc_snapshots.FOLDER, content["step"])
+            self.posthoc.read(folder / posthoc_snapshots.FOLDER, record["step"])
         if resume_optimizer:
             self._restore_optimizer(folder / "training_state")
-        self.scaler.load_state_dict(content["scaler"])
-        self.step, self.skipped_steps = content["step"], content.get("skipped_steps", 0)
-        return content
+        self.scaler.load_state_dict(record["scaler"])
+        self.step, self.skipped_steps = record["step"], record["skipped_steps"]
+        return record
 
     def _restore_optimizer(self, folder: Path) -> None:
         state = {"optimizer": get_optimizer_state_dict(self.network, self.optimizer)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{folder} does not fit the optimizer ({_reason(error)}); use the one it was saved with, or set "
+                "resume_from.resume_optimizer=False"
+            ) from None
         set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+
+
+@dataclass
+class HostState:
+    """A run's state after a step, in host memory: what one checkpoint holds."""
+
+    step: int
+    config: PixArtConfig
+    record: dict[str, Any]
+    weights: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    posthoc: dict[float, dict[str, Tensor]] | None
+    optimizer: dict[str, Any] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files, nearly."""
+        return _nbytes([self.weights, self.averaged, self.posthoc, self.optimizer]) + (1 << 20)
+
+    def write(self, folder: Path, *, stored_null_caption: bool) -> None:
+        """Fill a folder: transformer/, transformer_ema/, posthoc_ema/, training_state/, trainer.json.
+
+        Raises:
+            StorageError, OSError: the disk is full or failing.
+        """
+        kept = ("y_embedder.y_embedding",) if stored_null_caption else ()
+        write_transformer(self.weights, self.config, folder / "transformer", native_only=kept)
+        if self.averaged is not None:
+            write_transformer(self.averaged, self.config, folder / "transformer_ema", native_only=kept)
+        if self.posthoc is not None:
+            write_averages(self.posthoc, folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
+        self._write_optimizer(folder / "training_state")
+        (folder / TRAINER_FILE).write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def _write_optimizer(self, folder: Path) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
+                dcp.save({"optimizer": self.optimizer}, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:  # no Exception, and twenty lines of traceback
+            raise StorageError(f"{folder} could not be written ({_reason(error)})") from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Content of trainer.json of any format version, in the newest one's form."""
+    record: dict[str, Any] = json.loads((folder / TRAINER_FILE).read_bytes())
+    if record["format_version"] < 2:  # its next log line averages the steps after the checkpoint alone
+        record |= {"window": None, "data": None, "skipped_steps": 0}
+    return record
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first failure that torch.distributed.checkpoint wraps, in one line."""
+    cause, _ = next(iter(error.failures.values()))
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 @contextlib.contextmanager

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
-from diffusion.errors import ConfigError
-from diffusion.files import FolderLock
+from diffusion.errors import ConfigError, PreemptedError
+from diffusion.files import write_atomically
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
 from diffusion.training.building import build_network, build_training_data
+from diffusion.training.continuity import check_config, check_data, data_identity
 from diffusion.training.equality import require_equal
 from diffusion.training.faults import Faults
 from diffusion.training.first_batch import first_batch_sheet
@@ -35,15 +35,16 @@ from diffusion.training.optimization import (
 from diffusion.training.parallel import AUTOCAST, place, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.replay import StepRecorder
+from diffusion.training.requests import Request, Requests, resume_command
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
 from diffusion.training.saving import Saver, falls_on
 from diffusion.training.sharding import is_sharded
-from diffusion.training.state import RunState, evaluated_network
+from diffusion.training.state import RunState, evaluated_network, read_record
 from diffusion.training.validation import PromptGrid, ValidationLoss
 from diffusion.training.verdict import Verdict
 from diffusion.training.watchdog import Watchdog
 from diffusion.training.window import Window
-from diffusion.training.work_dir import refuse_existing_run
+from diffusion.training.work_dir import CHECKPOINTS, find_checkpoint, open_work_dir
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Trainer:
         work_dir: logs, metrics and checkpoints.
         resume_from: a checkpoint folder or "latest"; None starts anew.
         load_from: starting weights of a new run; overrides the config.
+        allow_config_change: resume although config or data changed in a way that changes the training.
     Raises:
         PixArtError: anything the user can mend, before the first step.
     """
@@ -76,23 +78,29 @@ class Trainer:
         *,
         resume_from: str | None = None,
         load_from: str | None = None,
+        allow_config_change: bool = False,
         reporting: Reporting | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.reporting = config, reporting or Reporting()
         self.ranks = ranks or Ranks()
         self.work_dir = Path(work_dir)
-        self.checkpoints = self.work_dir / "checkpoints"
+        self.checkpoints = self.work_dir / CHECKPOINTS
         resume_from = resume_from or config.resume_from.checkpoint
-        self._open_work_dir(resume_from)
+        self.resumed_from = self._open_work_dir(resume_from)
+        record = None if self.resumed_from is None else read_record(self.resumed_from)
+        if record is not None:
+            check_config(record["config"], config, allow=allow_config_change)
         self.dataset = build_training_data(config)
+        if record is not None:
+            check_data(record["data"], self.dataset, f"data.root={config.data.root}", allow=allow_config_change)
         self.objective = make_objective(config, self.dataset)
         self.sampler = self._build_sampler()
         torch.manual_seed(config.seed)  # of the initial weights; every later draw is keyed by its sample number
-        self.resumed_from = self._find_checkpoint(resume_from)
         start = (load_from or config.load_from) if self.resumed_from is None else None
         network = place(build_network(config, start), config, self.ranks)
         self.state = self._build_state(network)
+        self.window = Window(self.ranks.device)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
         self.model = wrap(network, self.ranks)
@@ -104,27 +112,16 @@ class Trainer:
 
     # ---- building ----
 
-    def _open_work_dir(self, resume_from: str | None) -> None:
-        if self.ranks.is_main:
-            self.work_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = FolderLock(self.work_dir)
-            if resume_from is None:
-                refuse_existing_run(self.work_dir)
-            remove_stale(self.checkpoints)
-            (self.work_dir / "config.json").write_text(self.config.to_json())
-        self.ranks.barrier()
-        configure_logging(self.work_dir, is_main=self.ranks.is_main)
+    def _open_work_dir(self, resume_from: str | None) -> Path | None:
+        """Hold the folder; returns the checkpoint to go on from."""
 
-    def _find_checkpoint(self, resume_from: str | None) -> Path | None:
-        """The folder to resume; every rank waits for the main rank's choice."""
-        if resume_from is None:
-            return None
-        if resume_from != "latest":
-            return Path(resume_from)
-        found = self.ranks.broadcast(latest_checkpoint(self.checkpoints) if self.ranks.is_main else None)
-        if found is None and self.ranks.is_main:
-            LOGGER.info("no checkpoint in %s yet: starting at step 0", self.checkpoints)
-        return found
+        def choose() -> Path | None:
+            self.lock = open_work_dir(self.work_dir, resume_from)
+            configure_logging(self.work_dir, is_main=True)
+            return find_checkpoint(self.work_dir, resume_from)
+
+        configure_logging(None, is_main=self.ranks.is_main)
+        return self.ranks.on_main(choose)
 
     def _build_sampler(self) -> AspectRatioBatchSampler:
         config = self.config
@@ -168,14 +165,23 @@ class Trainer:
                 f"has {self.global_batch} (batch x processes x accumulation); keep the product to resume"
             )
         self.sampler.set_position(self.state.step)
+        self.window.restore(content["window"])
         LOGGER.info("resumed from %s at step %d", folder, self.state.step)
 
     def _build_saver(self) -> Saver:
+        facts = {
+            "steps_per_epoch": self.sampler.steps_per_epoch,
+            "seed": self.config.seed,
+            "world_size": self.ranks.world_size,
+            "data": data_identity(self.dataset),
+            "config": self.config.model_dump(mode="json"),
+        }
         return Saver(
             self.config,
             self.ranks,
             self.state,
             self.work_dir,
+            facts=facts,
             global_batch=self.global_batch,
             steps_per_epoch=self.sampler.steps_per_epoch,
             last_step=self.total_steps,
@@ -189,7 +195,14 @@ class Trainer:
     # ---- the run ----
 
     def fit(self) -> None:
-        """Train until the end of the run; the last step is always saved."""
+        """Train until the end of the run, or until Ctrl-C; the last step is always saved.
+
+        Raises:
+            PreemptedError: SIGTERM asked for the end; the run was saved. NumericalError: too many steps were skipped.
+            PeerLostError: another process died or stood still.
+            StorageError, OSError: the last save failed, or `max_failed_saves` in a row.
+        """
+        self.ranks.on_main(lambda: write_atomically(self.work_dir / "config.json", self.config.to_json().encode()))
         with self.watchdog:
             self._fit()
 
@@ -206,21 +219,41 @@ class Trainer:
         offset = 0 if self.config.resume_from.resume_lr_scheduler else self.state.updates
         factor = lr_factor(self.config, self.total_steps - offset)
         self._factor = lambda step: factor(step - offset)
-        window = Window(self.ranks.device)
+        self.window.begin()
         self.started, self.first_step = time.perf_counter(), self.state.step
-        micro_batches = self._micro_batches()
-        while self.state.step < self.total_steps:
+        with Requests(self.ranks, self.work_dir) as requests:
+            try:
+                request = self._run(saver, requests)
+            except Exception:
+                saver.settle()  # a save that has begun is worth its seconds
+                raise
+            self._close(saver, request)
+
+    def _run(self, saver: Saver, requests: Requests) -> Request:
+        """Step after step until the end or a request to stop, which is returned."""
+        micro_batches, window, request = self._micro_batches(), self.window, Request.NONE
+        while self.state.step < self.total_steps and request <= Request.SAVE:
+            if not saver.is_sound():
+                requests.ask(Request.FAIL)
+            requests.send()
             window.add(self._train_step(micro_batches, window))
-            step = self.state.step
+            step, request = self.state.step, requests.agreed()
             if falls_on(step, self.config.log_interval, self.total_steps):
                 self._log(window)
             if falls_on(step, self.config.validation_every_steps, self.total_steps):
                 with window.paused():
                     self._validate()
-            if saver.is_due():
+            if saver.is_due() or request is not Request.NONE:
                 with window.paused():
-                    saver.save()
-        self._close()
+                    self._save(saver, request)
+                requests.met(request)
+        return request
+
+    def _save(self, saver: Saver, request: Request) -> None:
+        """Begin to save; whatever is logged until here is on the disk before the checkpoint is."""
+        if self.metrics is not None:
+            self.metrics.flush()
+        saver.save(self.window.state(), checkpoint=request > Request.NONE, final=request > Request.SAVE)
 
     def _train_step(self, micro_batches: Iterator[Any], window: Window) -> Verdict:
         """One optimiser step over a global batch, or none where that is not finite on some process."""
@@ -383,10 +416,19 @@ class Trainer:
             LOGGER.info("step %d  validation grid: %s", step, path)
         self.ranks.barrier()
 
-    def _close(self) -> None:
+    def _close(self, saver: Saver, request: Request) -> None:
+        """Wait for the last save, then say how the run ended."""
+        self.ranks.on_main(saver.finish)
         if self.metrics is not None:
             self.metrics.close()
-            LOGGER.info("done: %d steps; results in %s", self.state.step, self.work_dir)
+        step, end = self.state.step, f"after step {self.state.step} of {self.total_steps}; go on with: "
+        end += resume_command(self.ranks)
+        if step == self.total_steps:
+            LOGGER.info("done: %d steps; results in %s", step, self.work_dir)
+        elif request is Request.INTERRUPT:
+            LOGGER.info("stopped by Ctrl-C and saved %s", end)
         if self.ranks.is_main:
             self.lock.release()
         self.ranks.close()
+        if step < self.total_steps and request is Request.PREEMPT:
+            raise PreemptedError(f"SIGTERM: saved {end}")

@@ -1,10 +1,57 @@
-"""The folder of a run: no run starts over another's results."""
+"""The folder of a run: one run at a time, never over another's results, resumed from a whole checkpoint alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from diffusion.errors import ConfigError
+from diffusion.checkpoints.training_state import latest_checkpoint, remove_stale, supersede_after, verify
+from diffusion.errors import CheckpointError, ConfigError
+from diffusion.files import FolderLock
+from diffusion.training.run_log import LOGGER
+
+CHECKPOINTS = "checkpoints"
+
+
+def open_work_dir(work_dir: Path, resume_from: str | None) -> FolderLock:
+    """Make the folder, hold it and remove what interrupted saves left.
+
+    Raises:
+        WorkDirLockedError: another run holds it. ConfigError: a new run, and the folder holds one.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(work_dir)
+    if resume_from is None:
+        refuse_existing_run(work_dir)
+    remove_stale(work_dir / CHECKPOINTS)
+    return lock
+
+
+def find_checkpoint(work_dir: Path, resume_from: str | None) -> Path | None:
+    """The whole checkpoint to go on from: a folder, or for "latest" the newest one. None = begin at step 0.
+
+    An older checkpoint of this run sets the later ones aside: they belong to steps that are trained anew.
+
+    Raises:
+        CheckpointError: it is damaged, or "latest" has only damaged ones. ConfigError: it belongs to another run than
+            the one in this folder.
+    """
+    own = work_dir / CHECKPOINTS
+    if resume_from is None:
+        return None
+    if resume_from == "latest":
+        found = latest_checkpoint(own)
+        if found is None:
+            LOGGER.info("no checkpoint in %s yet: starting at step 0", own)
+        return found
+    folder = Path(resume_from)
+    problem = verify(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} cannot be resumed: {problem}")
+    if folder.resolve().parent != own.resolve():
+        refuse_existing_run(work_dir)
+    elif folder.name.startswith("checkpoint-") and folder.name[11:].isdigit():
+        supersede_after(own, int(folder.name[11:]))
+    return folder
 
 
 def refuse_existing_run(work_dir: Path) -> None:
@@ -13,7 +60,7 @@ def refuse_existing_run(work_dir: Path) -> None:
     Raises:
         ConfigError: the folder holds a run.
     """
-    found = [name for name in ("metrics.jsonl", "checkpoints") if (work_dir / name).exists()]
+    found = [name for name in ("metrics.jsonl", CHECKPOINTS) if (work_dir / name).exists()]
     if found:
         raise ConfigError(
             f"--work-dir {work_dir} already holds a run ({', '.join(found)}); continue it with --resume-from latest "
