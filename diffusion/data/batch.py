@@ -24,6 +24,7 @@ class TrainSample:
         aspect_ratio: height / width (what the ratio condition embeds).
         number: the sample's number in the run.
         key: name for logs.
+        control_mean, control_std: likewise, of the condition that a ControlNet follows; None where there is none.
     """
 
     latents_mean: Tensor
@@ -33,6 +34,8 @@ class TrainSample:
     aspect_ratio: float
     number: int
     key: str
+    control_mean: Tensor | None = None
+    control_std: Tensor | None = None
 
 
 @dataclass
@@ -40,7 +43,8 @@ class TrainBatch:
     """B samples of one bucket; captions keep the dtype they are stored in.
 
     latents_mean, latents_std (B, C, h, w) float32; caption_embeds (B, L, caption_channels), L the longest;
-    caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64.
+    caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64;
+    control_mean, control_std (B, C, h, w) float32 of conditions, or None.
     """
 
     latents_mean: Tensor
@@ -51,6 +55,8 @@ class TrainBatch:
     aspect_ratio: Tensor
     sample_numbers: Tensor
     keys: list[str]
+    control_mean: Tensor | None = None
+    control_std: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainBatch:
         """The batch on a device; from pinned memory the copy is asynchronous."""
@@ -70,12 +76,20 @@ def collate(samples: Sequence[TrainSample]) -> TrainBatch:
     """Stack samples of one bucket; captions are padded to the longest.
 
     Raises:
-        DataError: latents of different sizes.
+        DataError: latents of different sizes, or conditions of other sizes than their pictures.
     """
     shapes = {tuple(sample.latents_mean.shape) for sample in samples}
     if len(shapes) != 1:
         named = ", ".join(f"{sample.key} {tuple(sample.latents_mean.shape)}" for sample in samples[:8])
         raise DataError(f"a batch mixes latents of different sizes: {named}; set multi_scale=True or extract again")
+    conditions = [(sample.control_mean, sample.control_std) for sample in samples if sample.control_mean is not None]
+    for sample in samples:
+        if sample.control_mean is not None and sample.control_mean.shape != sample.latents_mean.shape:
+            raise DataError(
+                f"{sample.key}: the condition has latents of {tuple(sample.control_mean.shape)}, its picture of "
+                f"{tuple(sample.latents_mean.shape)}; extract both at one size"
+            )
+    stacked = [torch.stack(values).float() for values in zip(*conditions)]  # type: ignore[arg-type]
     lengths = torch.tensor([len(sample.caption_embeds) for sample in samples])
     embeds = pad_sequence([sample.caption_embeds for sample in samples], batch_first=True)
     return TrainBatch(
@@ -87,4 +101,6 @@ def collate(samples: Sequence[TrainSample]) -> TrainBatch:
         aspect_ratio=torch.tensor([sample.aspect_ratio for sample in samples], dtype=torch.float32),
         sample_numbers=torch.tensor([sample.number for sample in samples]),
         keys=[sample.key for sample in samples],
+        control_mean=stacked[0] if stacked else None,
+        control_std=stacked[1] if stacked else None,
     )

@@ -61,6 +61,11 @@ class StoreDataset:
         """(L0, caption_channels): T5("")."""
         return self.store.null_caption
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samples carry what a ControlNet follows."""
+        return "condition" in self.store.fingerprint
+
     def attribute(self, name: str) -> list[str]:
         """One attribute of every sample, such as the concept."""
         values = self.store.attribute(name)
@@ -71,6 +76,7 @@ class StoreDataset:
         mean, std = self.store.latents(row)
         bucket_height, bucket_width = self.buckets[key.index]
         name, image_size = self.store.identity(row)
+        control_mean, control_std = self.store.control(row) or (None, None)
         return TrainSample(
             latents_mean=mean,
             latents_std=std,
@@ -79,6 +85,8 @@ class StoreDataset:
             aspect_ratio=bucket_height / bucket_width,
             number=key.number,
             key=name,
+            control_mean=control_mean,
+            control_std=control_std,
         )
 
     def caption_of(self, key: SampleKey) -> str:

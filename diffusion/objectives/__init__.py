@@ -1,6 +1,8 @@
 """What one training step minimises."""
 
 from diffusion.objectives.captions import drop_captions
+from diffusion.objectives.consistency import ConsistencyObjective, Roles
+from diffusion.objectives.control import ControlObjective
 from diffusion.objectives.denoising import (
     DenoisingObjective,
     LatentBatch,
@@ -10,14 +12,21 @@ from diffusion.objectives.denoising import (
     sample_posterior,
     variance_bound,
 )
+from diffusion.objectives.distribution import DistributionMatching, OneStepNetworks, pair_noise
 
 __all__ = [
+    "ConsistencyObjective",
+    "ControlObjective",
     "DenoisingObjective",
+    "DistributionMatching",
     "LatentBatch",
     "LossOutput",
     "Objective",
+    "OneStepNetworks",
+    "Roles",
     "drop_captions",
     "noise_mse",
+    "pair_noise",
     "sample_posterior",
     "variance_bound",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,9 @@ class Objective(Protocol):
     """One training family: what a step minimises. Every random draw is keyed by the batch's sample numbers."""
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput: ...
+
+    def for_validation(self) -> Objective:
+        """The objective as the validation loss takes it."""
 
 
 def noise_mse(noise_pred: Tensor, noise: Tensor, snr: Tensor, snr_cap: float | None = None) -> Tensor:
@@ -123,13 +126,28 @@ class DenoisingObjective:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
         numbers = batch.sample_numbers
         shape = batch.latents_mean.shape[1:]
-        posterior_noise = keyed_normal(seed, "posterior", numbers, shape) if self.sample_latents else None
-        latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
+        latents = self.sample(batch.latents_mean, batch.latents_std, numbers, seed, "posterior")
         timesteps = keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
         noise = keyed_normal(seed, "noise", numbers, shape)
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         embeds, mask = self.drop_captions(model, batch, drop)
-        return self.terms(lambda x_t, t: predict(model, x_t, t, embeds, mask, batch), latents, timesteps, noise)
+        inputs = self.further_inputs(batch, seed)
+        return self.terms(
+            lambda x_t, t: predict(model, x_t, t, embeds, mask, batch, **inputs), latents, timesteps, noise
+        )
+
+    def sample(self, mean: Tensor, std: Tensor, numbers: Tensor, seed: int, purpose: str) -> Tensor:
+        """Scaled latents from the VAE's posterior, drawn or its mode: (B, C, h, w)."""
+        noise = keyed_normal(seed, purpose, numbers, mean.shape[1:]) if self.sample_latents else None
+        return sample_posterior(mean, std, noise) * self.scale_factor
+
+    def further_inputs(self, batch: LatentBatch, seed: int) -> dict[str, Tensor]:
+        """Keyword arguments of the network beside captions and sizes; a family that has some overrides this."""
+        return {}
+
+    def for_validation(self) -> DenoisingObjective:
+        """The same loss without caption dropout and with uniform timesteps, so that runs can be compared."""
+        return replace(self, class_dropout_prob=0.0, logit_normal=None)
 
     def terms(
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
@@ -158,12 +176,16 @@ class DenoisingObjective:
 
 
 def predict(
-    model: nn.Module, noisy: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor, batch: LatentBatch
+    model: nn.Module, noisy: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor, batch: LatentBatch, **inputs: Any
 ) -> Tensor:
-    """Run the network, with size conditions if it takes them."""
-    config = unwrap(model).config
-    sizes = {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio} if config.micro_condition else {}
-    return model(noisy, timesteps, embeds, mask, **sizes)
+    """Run the network, with size conditions if it takes them; `inputs` are further arguments of its forward."""
+    return model(noisy, timesteps, embeds, mask, **size_inputs(model, batch), **inputs)
+
+
+def size_inputs(model: nn.Module, batch: LatentBatch) -> dict[str, Tensor]:
+    """Size conditions as keyword arguments, for a network that takes them."""
+    sizes = {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio}
+    return sizes if unwrap(model).config.micro_condition else {}
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from diffusion import __version__
-from diffusion.checkpoints import load_weights, read_transformer, save_transformer
 from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArt
 from diffusion.training import posthoc_snapshots
+from diffusion.training.family import Family
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.posthoc_snapshots import PosthocAverages
 
@@ -39,6 +39,7 @@ class RunState:
     average: WeightAverage | None
     posthoc: PosthocAverages | None = None
     step: int = 0
+    family: Family = field(default_factory=Family)
 
     def finish_step(self) -> None:
         """Count an optimiser step and fold its weights into the averages."""
@@ -56,14 +57,15 @@ class RunState:
         Raises:
             StorageError, OSError: the disk is full or failing; nothing is left behind.
         """
-        weights = sum(tensor.nbytes for tensor in self.network.state_dict().values())
+        weights = sum(parameter.nbytes for parameter in self.network.parameters() if parameter.requires_grad)
+        null = {"stored_null_caption": stored_null_caption}
         posthoc = 0 if self.posthoc is None else self.posthoc.nbytes
 
         def write(folder: Path) -> None:
-            save_transformer(self.network, folder / "transformer", stored_null_caption=stored_null_caption)
+            self.family.save(self.network, folder, ema=False, **null)
             if self.average is not None:
                 with averaged_weights(self.network, self.average):
-                    save_transformer(self.network, folder / "transformer_ema", stored_null_caption=stored_null_caption)
+                    self.family.save(self.network, folder, ema=True, **null)
             if self.posthoc is not None:
                 self.posthoc.write(folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
             with warnings.catch_warnings():
@@ -78,6 +80,7 @@ class RunState:
                 "scaler": self.scaler.state_dict(),
                 "ema_updates": self.average.num_updates if self.average is not None else None,
                 "versions": versions,
+                "family": self.family.facts(),
                 **facts,
             }
             (folder / TRAINER_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -99,13 +102,12 @@ class RunState:
         content = json.loads((folder / TRAINER_FILE).read_text())
         if load_ema and content["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
-        _, weights = read_transformer(folder, ema=load_ema)
-        load_weights(self.network, weights, folder)
+        self.family.check_facts(content.get("family", {}), folder)
+        self.family.load(self.network, self.family.read(folder, ema=load_ema), folder)
         if self.average is not None:
             if content["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
-            _, averaged = read_transformer(folder / "transformer_ema")
-            self.average.load(averaged, content["ema_updates"])
+            self.average.load(self.family.read(folder, ema=True), content["ema_updates"])
         if self.posthoc is not None:
             self.posthoc.read(folder / posthoc_snapshots.FOLDER, content["step"])
         if resume_optimizer:
@@ -129,9 +131,10 @@ class averaged_weights:
         self.network, self.average = network, average
 
     def __enter__(self) -> PixArt:
-        self.raw = {key: tensor.detach().clone() for key, tensor in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average.tensors)
+        state = self.network.state_dict()
+        self.raw = {key: state[key].detach().clone() for key in self.average.tensors}  # a family may average a part
+        self.network.load_state_dict(self.average.tensors, strict=False)
         return self.network
 
     def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.raw)
+        self.network.load_state_dict(self.raw, strict=False)

@@ -23,9 +23,10 @@ from diffusion.files import FolderLock
 from diffusion.models import PixArt
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
-from diffusion.training.building import build_network, build_training_data
+from diffusion.training.building import build_training_data
+from diffusion.training.family import Family
 from diffusion.training.first_batch import first_batch_sheet
-from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
+from diffusion.training.optimization import build_optimizer, global_norm, lr_factor, scaled_learning_rate
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
 from diffusion.training.saving import Saver, falls_on
@@ -54,6 +55,7 @@ class Trainer:
         work_dir: logs, metrics and checkpoints.
         resume_from: a checkpoint folder or "latest"; None starts anew.
         load_from: starting weights of a new run; overrides the config.
+        family: None = base training.
     Raises:
         PixArtError: anything the user can mend, before the first step.
     """
@@ -68,10 +70,11 @@ class Trainer:
         load_from: str | None = None,
         reporting: Reporting | None = None,
         ranks: Ranks | None = None,
+        family: Family | None = None,
     ) -> None:
         if config.use_fsdp:
             raise ConfigError("use_fsdp=True is not available yet; set it to False (DDP)")
-        self.config, self.reporting = config, reporting or Reporting()
+        self.config, self.reporting, self.family = config, reporting or Reporting(), family or Family()
         self.ranks = ranks or Ranks()
         self.work_dir = Path(work_dir)
         self.checkpoints = self.work_dir / "checkpoints"
@@ -82,9 +85,10 @@ class Trainer:
         self.sampler = self._build_sampler()
         torch.manual_seed(config.seed)  # of the initial weights; every later draw is keyed by its sample number
         self.resumed_from = self._find_checkpoint(resume_from)
-        start = (load_from or config.load_from) if self.resumed_from is None else None
-        network = build_network(config, start).to(self.ranks.device)
+        start, resuming = load_from or config.load_from, self.resumed_from is not None
+        network = self.family.build_network(config, start, resuming=resuming).to(self.ranks.device)
         self.state = self._build_state(network)
+        self.family.connect(self.objective, self.state, config)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
         self.model = self._wrap(network)
@@ -142,8 +146,9 @@ class Trainer:
             network=network,
             optimizer=build_optimizer(network, config, self.global_batch),
             scaler=torch.amp.GradScaler(self.ranks.device.type, enabled=use_scaler),
-            average=WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None,
+            average=self.family.build_average(network, config),
             posthoc=PosthocAverages(network, posthoc.sigma_rels) if posthoc is not None else None,
+            family=self.family,
         )
 
     def _restore(self, folder: Path) -> None:
@@ -335,7 +340,8 @@ class Trainer:
             return None, None
         loss = ValidationLoss(config, self.objective, self.ranks) if self._has_validation_split() else None  # type: ignore[arg-type]
         has_prompts = bool(config.validation.prompts or config.validation.prompt_file)
-        grid = PromptGrid(config, self.ranks.device) if has_prompts and self.ranks.is_main else None
+        draws = has_prompts and self.ranks.is_main
+        grid = self.family.build_grid(config, self.ranks.device, self.dataset) if draws else None
         return loss, grid
 
     def _has_validation_split(self) -> bool:
