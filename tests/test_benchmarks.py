@@ -102,3 +102,34 @@ def test_saving(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert result["background_wait_s"] > 0
     assert result["checkpoint_mb"] > 1
+
+
+FEW = ["--pictures", 24, "--steps", 1, "--batch-size", 2, "--limit", 1, "--bs", 2]
+
+
+def finetune(name: str, tmp_path: Path, *options: object) -> dict:
+    out = tmp_path / "out.json"
+    places = ["--work-dir", tmp_path / "run", "--output", out, "--grid", tmp_path / "out.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"benchmarks/{name}.py", *map(str, [*FEW, *places, *options])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out.png").is_file()
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_finetune_lcm(tmp_path: Path) -> None:
+    lora, store = tmp_path / "lora", tmp_path / "store"
+    result = finetune("finetune_lcm", tmp_path, "--lora-steps", 1, "--lora", lora, "--features", store)
+    assert set(result["LCM"]) == set(result["LCM-LoRA"]) == {"8 steps", "4 steps", "2 steps", "1 steps"}
+    assert len(result["bars"]) == 2
+    assert (lora / "adapter_model.safetensors").stat().st_size < 6e6
+
+
+@pytest.mark.slow
+def test_finetune_controlnet(tmp_path: Path) -> None:
+    places = ["--moved", tmp_path / "moved", "--features", tmp_path / "store", "--sampling-steps", 2]
+    result = finetune("finetune_controlnet", tmp_path, *places)
+    assert result["bars"]["strength 0 is the base bit for bit"] is True
+    assert 0 <= result["moved edges"]["f1_of_base"] <= 1

@@ -39,22 +39,16 @@ def main() -> None:
     parser.add_argument("--doctor", action="store_true", help="check devices, network, disk, features, config; no run")
     parser.add_argument("--replay", metavar="FILE", action=_Replay, help="run a skipped step again; needs no config")
     args = parser.parse_args()
-    config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
-
-    from diffusion.training import Reporting, Trainer, check_up, denoising_objective
-
     if args.doctor:
+        from diffusion.training import check_up
+
+        config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
         sys.exit(check_up(config, args.work_dir or config.work_dir))
-    trainer = Trainer(
-        config,
-        denoising_objective,
-        args.work_dir or config.work_dir,
-        resume_from=args.resume_from,
-        load_from=args.load_from,
-        allow_config_change=args.allow_config_change,
-        reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
-    )
-    trainer.fit()
+
+    from diffusion.training.family import Family
+    from diffusion.training.program import train
+
+    train(args, Family())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Weights in and out: any checkpoint opened and recognised, key maps, diffusers folders, training checkpoints."""
 
+from diffusion.checkpoints.branch import load_branch, read_branch, save_branch, write_control_file
 from diffusion.checkpoints.files import find_transformer_folder
 from diffusion.checkpoints.folders import new_folder
 from diffusion.checkpoints.hed import load_hed
@@ -41,6 +42,7 @@ __all__ = [
     "config_to_diffusers",
     "diffusers_to_native",
     "find_transformer_folder",
+    "load_branch",
     "load_controlnet",
     "load_dit",
     "load_hed",
@@ -50,11 +52,14 @@ __all__ = [
     "native_to_diffusers",
     "new_folder",
     "open_checkpoint",
+    "read_branch",
     "read_native",
     "read_transformer",
     "read_weights",
     "require_fit",
+    "save_branch",
     "save_tensors",
     "save_transformer",
+    "write_control_file",
     "write_transformer",
 ]

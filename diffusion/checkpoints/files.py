@@ -80,6 +80,8 @@ def _nothing_there(path: Path, candidates: list[Path], variant: str | None) -> s
     """Why a folder has no transformer, and what to do."""
     if not path.is_dir():
         return f"{path} holds no transformer: no such folder"
+    if (path / "controlnet").is_dir():
+        return f"{path} holds the branch of a ControlNet; give it as --controlnet beside the base it was trained on"
     if stray := sorted(file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES):
         stray = [name for name in stray if not name.startswith(_STEM)]
         if stray:

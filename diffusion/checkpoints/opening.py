@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints.branch import build_control, find_branch, read_branch
 from diffusion.checkpoints.dit import DIT_CLASS, dit_from_fields, is_dit, recognise_dit
 from diffusion.checkpoints.files import (
     ALIGNMENT_HEAD_NAME,
@@ -104,7 +105,7 @@ class Checkpoint:
         if not self.control:
             raise CheckpointError(f"{self.source} is a transformer without control blocks; give a ControlNet file")
         if base is not None:
-            self._require_kind(base.config)
+            require_kind(self.found.config, base.config, self.source)
         try:
             with torch.device("meta"):
                 model = ControlPixArt(PixArt(**vars(self.found.config)), self.found.control_blocks)
@@ -115,21 +116,6 @@ class Checkpoint:
         )
         model.base_model = self._build() if base is None else base
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-    def _require_kind(self, given: PixArtConfig) -> None:
-        """Refuse a base that this ControlNet was not made for; null caption and training options do not matter."""
-        wanted = self.found.config
-        other = [
-            f"{field.name}={getattr(given, field.name)} instead of {getattr(wanted, field.name)}"
-            for field in fields(PixArtConfig)
-            if field.name not in ("model_max_length", "drop_path")
-            and getattr(given, field.name) != getattr(wanted, field.name)
-        ]
-        if other:
-            raise CheckpointError(
-                f"{self.source} is the ControlNet of another kind of model: the base given has {', '.join(other)}; "
-                f"give the {self.found.image_size} px model that it was trained on, or the ControlNet file alone"
-            )
 
     def _build(self) -> PixArt:
         with torch.device("meta"):
@@ -259,21 +245,51 @@ def load_transformer(
     return checkpoint.build(device, dtype)
 
 
+def require_kind(wanted: PixArtConfig, given: PixArtConfig, source: str | Path) -> None:
+    """Refuse a base that a ControlNet was not made for; null caption and training options do not matter.
+
+    Raises:
+        CheckpointError: what differs.
+    """
+    other = [
+        f"{field.name}={getattr(given, field.name)} instead of {getattr(wanted, field.name)}"
+        for field in fields(PixArtConfig)
+        if field.name not in ("model_max_length", "drop_path")
+        and getattr(given, field.name) != getattr(wanted, field.name)
+    ]
+    if other:
+        raise CheckpointError(
+            f"{source} is the ControlNet of another kind of model: the base given has {', '.join(other)}; give the "
+            f"{wanted.input_size * VAE_FACTOR} px model that it was trained on, or the ControlNet file alone"
+        )
+
+
 def load_controlnet(
     path: str | Path,
     base: PixArt | None = None,
     *,
+    ema: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> ControlPixArt:
-    """A ControlNet with its base model, in eval mode, from a published file or one of its kind.
+    """A ControlNet with its base model, in eval mode: a published file, or a `checkpoint-N` of its training.
 
     Args:
+        path: what training writes (`controlnet/`) is the branch alone, which needs a base. ema: its averaged weights.
         base: steer this network, which is frozen, in place of the base in the file; its device and dtype then count.
     Raises:
         CheckpointError: see `open_checkpoint`; the file is a plain transformer; or `base` is of another kind.
     """
+    branch = find_branch(path, ema=ema)
+    if branch is not None:
+        config, control = read_branch(branch)
+        if base is None:
+            raise CheckpointError(
+                f"{path} is the branch of a ControlNet alone; give the base that it was trained on too"
+            )
+        require_kind(config, base.config, path)
+        return build_control(base, control, path)
     if base is None:
         return open_checkpoint(path, **options).build_control(device, dtype)
     checkpoint = open_checkpoint(path, **{"num_heads": base.config.num_heads, **options})

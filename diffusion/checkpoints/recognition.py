@@ -32,6 +32,7 @@ _CORE = (
 )
 # Keys by which files of other kinds are told, so that the message names the kind instead of hundreds of keys.
 _OTHER_KINDS = (
+    (r"^controlnet\.0\.", "the branch of a ControlNet without its base; give it as --controlnet beside the base"),
     (r"lora_[AB]\.|\.lora_(down|up)\.", "LoRA weights, which change a model and are none"),
     (r"^block1\.convs\.0\.weight$", "the HED edge network, not a transformer"),
     (r"^encoder\.block\.0\.layer\.0\.", "a T5 text encoder, not a transformer"),
@@ -125,7 +126,8 @@ def require_pixart(keys: Iterable[str], source: str) -> None:
         return
     for pattern, kind in _OTHER_KINDS:
         if any(re.search(pattern, key) for key in keys):
-            raise CheckpointError(f"{source} holds {kind}; give the file of a PixArt transformer")
+            remedy = "" if ";" in kind else "; give the file of a PixArt transformer"
+            raise CheckpointError(f"{source} holds {kind}{remedy}")
     raise CheckpointError(f"{source} is no PixArt transformer; missing: {', '.join(missing)}; found: {', '.join(keys)}")
 
 

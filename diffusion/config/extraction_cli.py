@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffusion.config.sampling_cli import HED
+
 DEFAULT_PRETRAINED = Path("output/pretrained_models/emoji-256")
 
 
@@ -23,6 +25,12 @@ def extraction_parser(
     add = parser.add_argument
     add("source", nargs="?", help="pictures with captions: a folder, index, tar, parquet, or hub:OWNER/NAME")
     if captions and pictures:
+        add(
+            "--condition", metavar="hed|canny|FOLDER",
+            help="also encode what a ControlNet follows: edges of the pictures, or the pictures of FOLDER that have "
+            "their names and sizes (--out only)",
+        )  # fmt: skip
+        add("--hed_path", "--hed-path", type=Path, default=Path(HED), help="HED weights (default: %(default)s)")
         add("--out", type=Path, help="folder of the feature store")
         add(
             "--engine", choices=("local", "ray"), default="local",

@@ -25,6 +25,7 @@ class TrainSample:
         number: the sample's number in the run.
         key: name for logs.
         class_id: for class-conditional networks. alignment: (N, A) features of a picture encoder, a vector a token.
+        control_mean, control_std: likewise, of the condition that a ControlNet follows; None where there is none.
     """
 
     latents_mean: Tensor
@@ -36,6 +37,8 @@ class TrainSample:
     key: str
     class_id: int | None = None
     alignment: Tensor | None = None
+    control_mean: Tensor | None = None
+    control_std: Tensor | None = None
 
 
 @dataclass
@@ -45,6 +48,7 @@ class TrainBatch:
     latents_mean, latents_std (B, C, h, w) float32; caption_embeds (B, L, caption_channels), L the longest;
     caption_mask (B, L) bool, True = keep; img_hw (B, 2) float32; aspect_ratio (B,) float32; sample_numbers (B,) int64;
     class_ids (B,) int64 and alignment (B, N, A), where the data set has them. first_number: the lowest sample number.
+    control_mean, control_std (B, C, h, w) float32 of conditions, or None.
     """
 
     latents_mean: Tensor
@@ -58,6 +62,8 @@ class TrainBatch:
     class_ids: Tensor | None = None
     alignment: Tensor | None = None
     first_number: int = 0
+    control_mean: Tensor | None = None
+    control_std: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainBatch:
         """The batch on a device; from pinned memory the copy is asynchronous."""
@@ -77,12 +83,20 @@ def collate(samples: Sequence[TrainSample]) -> TrainBatch:
     """Stack samples of one bucket; captions are padded to the longest.
 
     Raises:
-        DataError: latents of different sizes.
+        DataError: latents of different sizes, or conditions of other sizes than their pictures.
     """
     shapes = {tuple(sample.latents_mean.shape) for sample in samples}
     if len(shapes) != 1:
         named = ", ".join(f"{sample.key} {tuple(sample.latents_mean.shape)}" for sample in samples[:8])
         raise DataError(f"a batch mixes latents of different sizes: {named}; set multi_scale=True or extract again")
+    conditions = [(sample.control_mean, sample.control_std) for sample in samples if sample.control_mean is not None]
+    for sample in samples:
+        if sample.control_mean is not None and sample.control_mean.shape != sample.latents_mean.shape:
+            raise DataError(
+                f"{sample.key}: the condition has latents of {tuple(sample.control_mean.shape)}, its picture of "
+                f"{tuple(sample.latents_mean.shape)}; extract both at one size"
+            )
+    stacked = [torch.stack(values).float() for values in zip(*conditions)]  # type: ignore[arg-type]
     lengths = torch.tensor([len(sample.caption_embeds) for sample in samples])
     embeds = pad_sequence([sample.caption_embeds for sample in samples], batch_first=True)
     return TrainBatch(
@@ -97,6 +111,8 @@ def collate(samples: Sequence[TrainSample]) -> TrainBatch:
         class_ids=_stacked([None if sample.class_id is None else torch.tensor(sample.class_id) for sample in samples]),
         alignment=_stacked([sample.alignment for sample in samples]),
         first_number=min(sample.number for sample in samples),
+        control_mean=stacked[0] if stacked else None,
+        control_std=stacked[1] if stacked else None,
     )
 
 

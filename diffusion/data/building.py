@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader
 from diffusion.data.batch import collate
 from diffusion.data.classes import give_classes
 from diffusion.data.mixed_stores import MixedStores
-from diffusion.data.original_datasets import OriginalLayout, internal_dataset, internal_ms_dataset, sam_dataset
+from diffusion.data.original_datasets import (
+    OriginalLayout,
+    internal_dataset,
+    internal_hed_dataset,
+    internal_ms_dataset,
+    sam_dataset,
+)
 from diffusion.data.sampler import SampleKey
 from diffusion.data.store_dataset import StoreDataset
 from diffusion.errors import ConfigError, DataError
@@ -29,9 +35,12 @@ def build_dataset(
     model_max_length: int,
     seed: int,
     data_root: str | Path,
+    train_ratio: float = 1.0,
 ) -> StoreDataset | MixedStores | OriginalLayout:
     """The data set that a config's `data` section names; a relative root lies below `data_root`.
 
+    Args:
+        train_ratio: share of the list that InternalDataHed uses.
     Raises:
         ConfigError: a type whose training is not offered, or a missing bucket table.
         DataError: missing or damaged data.
@@ -50,6 +59,8 @@ def build_dataset(
         if aspect_ratio_type is None:
             raise ConfigError("data.type='InternalDataMS' needs multi_scale=True and aspect_ratio_type")
         return internal_ms_dataset(root, data["image_list_json"], image_size, aspect_ratio_type, model_max_length)
+    if kind == "InternalDataHed":
+        return internal_hed_dataset(root, data["image_list_json"], image_size, model_max_length, train_ratio)
     raise ConfigError(f"data.type={kind!r} is not read by this program; use Store, SAM, InternalData or InternalDataMS")
 
 

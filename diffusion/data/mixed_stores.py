@@ -58,6 +58,11 @@ class MixedStores:
         """(L0, caption_channels): T5("")."""
         return self.stores[0].null_caption
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samples carry what a ControlNet follows; the fingerprints say that all stores are alike."""
+        return self.stores[0].has_conditions
+
     def attribute(self, name: str) -> list[str]:
         """One attribute of every sample."""
         return [value for store in self.stores for value in store.attribute(name)]

@@ -1,4 +1,4 @@
-"""The original's folder layouts with their feature files: SAM, InternalData, InternalDataMS.
+"""The original's folder layouts with their feature files: SAM, InternalData, InternalDataMS, InternalDataHed.
 
 Nothing is replaced silently: a missing or damaged feature file is an error that names it.
 """
@@ -16,7 +16,7 @@ from diffusion.data.batch import TrainSample
 from diffusion.data.sampler import SampleKey
 from diffusion.errors import DataError
 from diffusion.features import read_caption_npz, read_latents_npy
-from diffusion.features.original import feature_names
+from diffusion.features.original import feature_names, read_condition_npz
 from diffusion.images import aspect_ratio_table, closest_bucket
 
 _LOG = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class _Entry:
     image_hw: tuple[float, float]
     aspect_ratio: float
     bucket: tuple[int, int]
+    control: Path | None = None
 
 
 class OriginalLayout:
@@ -41,7 +42,8 @@ class OriginalLayout:
     def __init__(self, entries: Sequence[_Entry], root: Path, model_max_length: int) -> None:
         if not entries:
             raise DataError(f"{root}: no samples; check the partition files and the ratio limit of {MAX_RATIO:g}")
-        missing = [path for entry in entries for path in (entry.caption, entry.latents) if not path.is_file()]
+        files = [path for entry in entries for path in (entry.caption, entry.latents, entry.control)]
+        missing = [path for path in files if path is not None and not path.is_file()]
         if missing:
             raise DataError(
                 f"{missing[0]} does not exist ({len(missing)} feature files are missing); extract them first"
@@ -71,7 +73,15 @@ class OriginalLayout:
         if tuple(mean.shape[1:]) != expected:
             raise DataError(f"{entry.latents} holds latents of {tuple(mean.shape[1:])}, its bucket needs {expected}")
         embeds = read_caption_npz(entry.caption, self.model_max_length)
-        return TrainSample(mean, std, embeds, entry.image_hw, entry.aspect_ratio, key.number, entry.key)
+        sample = TrainSample(mean, std, embeds, entry.image_hw, entry.aspect_ratio, key.number, entry.key)
+        if entry.control is not None:
+            sample.control_mean, sample.control_std = read_condition_npz(entry.control)
+        return sample
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samples carry what a ControlNet follows."""
+        return self.entries[0].control is not None
 
 
 def sam_dataset(root: Path, image_list_txt: Sequence[str], image_size: int, model_max_length: int) -> OriginalLayout:
@@ -116,6 +126,31 @@ def internal_ms_dataset(
         size = (float(item["height"]), float(item["width"]))
         files = _file(captions, names, ".npz"), _file(latents, names, ".npy")
         entries.append(_Entry(item["path"], *files, size, float(ratio), table[ratio]))
+    return OriginalLayout(entries, root, model_max_length)
+
+
+def internal_hed_dataset(
+    root: Path, image_list_json: Sequence[str], image_size: int, model_max_length: int, train_ratio: float = 1.0
+) -> OriginalLayout:
+    """InternalDataHed: square pictures with HED edges, listed in partition_filter/*.json.
+
+    The size condition is the square's (the original said 1024 x 1024 at 512 px too).
+
+    Args:
+        train_ratio: this share of the list is used, from its beginning.
+    """
+    captions = _folders(root, "caption_features", "caption_feature_wmask")
+    latents = _folders(root, *_extracted(image_size))
+    edges = _folders(root, f"hed_feature_{image_size}")
+    size = (float(image_size), float(image_size))
+    items = _items(root, image_list_json, ("partition_filter", "partition", ""))
+    entries = []
+    for item in items[: max(1, int(len(items) * train_ratio))]:
+        names = feature_names(item["path"])
+        # The original keeps the picture's path here: a/b/c.jpg -> hed_feature_512/a/b/c.npz.
+        edge = _file(edges, [Path(item["path"]).with_suffix("").as_posix(), *names], ".npz")
+        files = _file(captions, names, ".npz"), _file(latents, names, ".npy")
+        entries.append(_Entry(item["path"], *files, size, 1.0, (image_size, image_size), edge))
     return OriginalLayout(entries, root, model_max_length)
 
 

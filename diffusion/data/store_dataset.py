@@ -64,6 +64,11 @@ class StoreDataset:
         """(L0, caption_channels): T5("")."""
         return self.store.null_caption
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samples carry what a ControlNet follows."""
+        return "condition" in self.store.fingerprint
+
     def attribute(self, name: str) -> list[str]:
         """One attribute of every sample, such as the concept."""
         values = self.store.attribute(name)
@@ -74,6 +79,7 @@ class StoreDataset:
         mean, std = self.store.latents(row)
         bucket_height, bucket_width = self.buckets[key.index]
         name, image_size = self.store.identity(row)
+        control_mean, control_std = self.store.control(row) or (None, None)
         return TrainSample(
             latents_mean=mean,
             latents_std=std,
@@ -84,6 +90,8 @@ class StoreDataset:
             key=name,
             class_id=None if self.class_ids is None else int(self.class_ids[row]),
             alignment=None if self.alignment is None else self.alignment[row],
+            control_mean=control_mean,
+            control_std=control_std,
         )
 
     def caption_of(self, key: SampleKey) -> str:

@@ -30,6 +30,8 @@ def run_extraction(args: argparse.Namespace) -> str:
         raise ConfigError(
             "give --out for a feature store, or --t5_save_root / --vae_save_root for the original's files"
         )
+    if getattr(args, "condition", None) is not None and out is None:
+        raise ConfigError("--condition is stored beside the features; it needs --out")
     for name, least in (("image_size", 8), ("max_length", 1), ("batch_size", 1), ("token_budget", 1), ("limit", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

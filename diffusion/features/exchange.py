@@ -151,6 +151,8 @@ def export_webdataset(root: str | Path, out: str | Path, rows_per_tar: int = 100
                 row = store.row(index)
                 tensors = {"latents_mean": row.latents_mean, "latents_std": row.latents_std}
                 tensors |= {f"caption_{n}": embeds for n, embeds in enumerate(row.caption_embeds)}
+                if row.control_mean is not None and row.control_std is not None:
+                    tensors |= {"control_mean": row.control_mean, "control_std": row.control_std}
                 texts = {name: value for name, value in row.__dict__.items() if name not in _TENSORS}
                 _add(tar, f"{index:09d}.json", json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace"))
                 _add(tar, f"{index:09d}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
@@ -158,7 +160,7 @@ def export_webdataset(root: str | Path, out: str | Path, rows_per_tar: int = 100
     return len(store)
 
 
-_TENSORS = ("latents_mean", "latents_std", "caption_embeds")
+_TENSORS = ("latents_mean", "latents_std", "caption_embeds", "control_mean", "control_std")
 
 
 def import_webdataset(root: str | Path, out: str | Path) -> int:
@@ -211,6 +213,8 @@ def _rows(members: dict[str, bytes]) -> Iterator[FeatureRow]:
             latents_mean=tensors["latents_mean"],
             latents_std=tensors["latents_std"],
             caption_embeds=embeds,
+            control_mean=tensors.get("control_mean"),
+            control_std=tensors.get("control_std"),
             **values,
         )
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffusion.devices import choose_device
 from diffusion.errors import ConfigError, DataError
+from diffusion.features.conditions import condition_fingerprint, load_detector
 from diffusion.features.fingerprint import encoder_hashes
 from diffusion.features.manifest import REJECTED
 from diffusion.features.rows import DTYPES
@@ -82,6 +83,7 @@ class Encoders:
             "dtype": settings.dtype,
             "max_length": settings.max_length,
             **settings.bucket_fingerprint(),
+            **condition_fingerprint(settings.condition, settings.hed_path),
         }
 
 
@@ -183,7 +185,8 @@ class LocalEngine:
 
     def run(self, blocks: Sequence[Block], writer: FeatureStoreWriter) -> Iterator[int]:
         vae = self.encoders.load_vae(self.device, self.settings)
-        encoded = encode_blocks(blocks, self.settings, self._text, vae)
+        detector = load_detector(self.settings.condition, self.settings.hed_path, self.device)
+        encoded = encode_blocks(blocks, self.settings, self._text, vae, detector)
         return (block.number for block in write_behind(encoded, writer.commit_block))
 
 

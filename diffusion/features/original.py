@@ -50,6 +50,26 @@ def read_latents_npy(path: Path) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path} does not exist; extract its picture") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is no VAE feature file ({error}); extract it again") from error
+    return _moments(moments, path)
+
+
+def read_condition_npz(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a condition's VAE file, `arr_0` (2C, h, w), as the original's HED features are.
+
+    Raises:
+        DataError: missing, damaged, or of another shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            moments = content["arr_0"]
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; extract its edges") from None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path} is no condition feature file ({error}); extract it again") from error
+    return _moments(moments, path)
+
+
+def _moments(moments: np.ndarray, path: Path) -> tuple[Tensor, Tensor]:
     if moments.ndim != 3 or moments.shape[0] % 2:
         raise DataError(f"{path} has shape {moments.shape}, expected (2 x channels, h, w); extract it again")
     mean, std = torch.from_numpy(moments.astype(np.float32)).chunk(2)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusion.devices import choose_device
 from diffusion.errors import ConfigError, PixArtError
+from diffusion.features.conditions import load_detector
 from diffusion.features.manifest import REMEDY
 from diffusion.features.stages import Block, ExtractionSettings, ahead, decode_sample, encode_block
 from diffusion.features.writer import FeatureStoreWriter
@@ -177,6 +178,7 @@ class _Actor:
         device = choose_device(name)  # Ray shows an actor the one GPU that it has reserved for it
         self.settings = settings
         self.encoder, self.vae = encoders.load_text(device, settings), encoders.load_vae(device, settings)
+        self.detector = load_detector(settings.condition, settings.hed_path, device)
         try:
             self.writer = FeatureStoreWriter(out, None, torch.empty(0), dtype=settings.dtype)
         except PixArtError as error:
@@ -186,6 +188,6 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         block: Block = row["block"]
-        encoded = encode_block(block, self.settings, self.encoder, self.vae, iter(row["decoded"]))
+        encoded = encode_block(block, self.settings, self.encoder, self.vae, iter(row["decoded"]), self.detector)
         self.writer.commit_block(encoded)
         return {"number": block.number, "nodes": [row["node"], _this_node()]}

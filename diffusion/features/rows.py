@@ -34,6 +34,8 @@ SCHEMA = pa.schema(
         ("record_hash", pa.string()),
     ]
 )
+# Only in stores with a condition for ControlNets; readers that do not know them pass over them.
+CONTROL_SCHEMA = pa.schema([("control_mean", pa.large_binary()), ("control_std", pa.large_binary())])
 _SINCE_VERSION_2 = ("caption_weights", "source_stat", "source_hash", "record_hash")
 # What opening a store reads of every row.
 INDEX_SCHEMA = pa.schema(
@@ -56,6 +58,7 @@ class FeatureRow:
         caption_weights: how often each caption is drawn, relative to the others; empty = all alike.
         source_stat, source_hash, record_hash: size and time of the picture's file, xxh3-128 of its bytes, and a hash of
             captions, weights and attributes; empty in stores of format version 1.
+        control_mean, control_std: (C, h, w) of the condition's posterior, unscaled; None in stores without condition.
     """
 
     key: str
@@ -71,6 +74,8 @@ class FeatureRow:
     source_stat: str = ""
     source_hash: str = ""
     record_hash: str = ""
+    control_mean: Tensor | None = None
+    control_std: Tensor | None = None
 
     def check(self, dtype: torch.dtype) -> None:
         """Refuse what must never enter a store of that dtype.
@@ -88,6 +93,8 @@ class FeatureRow:
         """Raises DataError naming the first feature with NaN or infinity in that dtype."""
         tensors = [("latents_mean", self.latents_mean), ("latents_std", self.latents_std)]
         tensors += [(f"caption_embeds[{i}]", embeds) for i, embeds in enumerate(self.caption_embeds)]
+        if self.control_mean is not None and self.control_std is not None:
+            tensors += [("control_mean", self.control_mean), ("control_std", self.control_std)]
         for name, tensor in tensors:
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise DataError(
@@ -126,7 +133,17 @@ def to_batch(rows: Sequence[FeatureRow], dtype: torch.dtype) -> pa.RecordBatch:
         "source_hash": [row.source_hash for row in rows],
         "record_hash": [row.record_hash for row in rows],
     }
-    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+    schema = SCHEMA
+    if any(row.control_mean is not None for row in rows):
+        schema = schema_with_control()
+        for name in CONTROL_SCHEMA.names:
+            columns[name] = [to_bytes(getattr(row, name), dtype) for row in rows]
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
+
+
+def schema_with_control() -> pa.Schema:
+    """Of the shards of a store with a condition."""
+    return pa.schema([*SCHEMA, *CONTROL_SCHEMA])
 
 
 def upgrade(table: pa.Table) -> pa.Table:

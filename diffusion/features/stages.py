@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 from diffusion.errors import ConfigError, DataError
+from diffusion.features.conditions import DEFAULT_HED, DETECTORS, Detector, read_condition
 from diffusion.features.rows import FeatureRow
 from diffusion.features.sources import Rejected, Sample
 from diffusion.images import (
@@ -55,6 +57,9 @@ class ExtractionSettings:
         bucket_measure: how the nearest bucket is found, see `closest_bucket`.
         bucket_table: name of the bucket table; None = the one of `image_size`.
         transposes: add the sizes that the table holds on their side alone, see `with_transposes`.
+        condition: of a ControlNet, encoded beside the picture: "canny", "hed", or a folder of pictures named and sized
+            as the source's; None = none.
+        hed_path: weights of the HED edge network.
     Raises:
         ConfigError: no bucket table of that name or size, or a choice of buckets without multi_scale.
     """
@@ -69,6 +74,8 @@ class ExtractionSettings:
     bucket_measure: Measure = "difference"
     bucket_table: str | None = None
     transposes: bool = False
+    condition: str | None = None
+    hed_path: Path = DEFAULT_HED
 
     def __post_init__(self) -> None:
         if self.multi_scale:
@@ -93,6 +100,11 @@ class ExtractionSettings:
         """What differs from the original's choice; nothing by default, so that older stores keep their fingerprint."""
         usual = {"bucket_measure": "difference", "bucket_table": None, "transposes": False}
         return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+
+    @property
+    def condition_folder(self) -> Path | None:
+        """Where the condition pictures are, when they are not computed."""
+        return None if self.condition in (None, *DETECTORS) else Path(str(self.condition))
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class Decoded:
     pixels: np.ndarray  # (H, W, 3) uint8
     stat: str
     content_hash: str
+    condition: np.ndarray | None = None  # (H, W, 3) uint8, of a folder of condition pictures
 
     @property
     def enlarged(self) -> bool:
@@ -138,10 +151,12 @@ def decode_sample(sample: Sample, settings: ExtractionSettings) -> Decoded | Rej
         image = decode_bytes(data, sample.picture.place)
         bucket = settings.bucket_of(image.height, image.width)
         cropped, box = resize_and_crop(image, bucket)
+        condition = read_condition(settings.condition_folder, sample.key, image.size)
     except (DataError, MemoryError) as error:
         return Rejected(sample.key, str(error) or f"{sample.picture.place}: out of memory", stat)
     size = (image.height, image.width)
-    decoded = Decoded(size, bucket, box, np.asarray(cropped), stat, xxhash.xxh3_128_hexdigest(data))
+    pixels = None if condition is None else np.asarray(resize_and_crop(condition, bucket)[0])
+    decoded = Decoded(size, bucket, box, np.asarray(cropped), stat, xxhash.xxh3_128_hexdigest(data), pixels)
     if settings.small == "reject" and decoded.enlarged:
         reason = f"{sample.picture.place}: {size[1]}x{size[0]} px is smaller than its bucket {bucket[1]}x{bucket[0]}"
         return Rejected(sample.key, f"{reason}; --small enlarge takes it", stat)
@@ -149,12 +164,17 @@ def decode_sample(sample: Sample, settings: ExtractionSettings) -> Decoded | Rej
 
 
 def encode_blocks(
-    blocks: Iterable[Block], settings: ExtractionSettings, encoder: CaptionEncoder | None, vae: Any | None
+    blocks: Iterable[Block],
+    settings: ExtractionSettings,
+    encoder: CaptionEncoder | None,
+    vae: Any | None,
+    detector: Detector | None = None,
 ) -> Iterator[EncodedBlock]:
     """Encode blocks one after the other, while threads decode the pictures of the next ones.
 
     Args:
         encoder: None leaves the captions out; vae: None leaves the pictures out, which are then not read.
+        detector: makes condition pictures of the pictures, see `load_detector`.
     """
     blocks = list(blocks)
     samples = [sample for block in blocks for sample in block.samples]
@@ -163,7 +183,7 @@ def encode_blocks(
         decode = partial(decode_sample, settings=settings)
         decoded = ahead(pool, samples, decode, max(16, 4 * settings.batch_size)) if vae is not None else iter(())
         for block in blocks:
-            yield encode_block(block, settings, encoder, vae, decoded)
+            yield encode_block(block, settings, encoder, vae, decoded, detector)
 
 
 def ahead(
@@ -185,23 +205,26 @@ def encode_block(
     encoder: CaptionEncoder | None,
     vae: Any | None,
     decoded: Iterator[Decoded | Rejected],
+    detector: Detector | None = None,
 ) -> EncodedBlock:
     """Rows of a block from its decoded pictures, of which as many are taken as the block has samples.
 
     Args:
-        encoder, vae: as in `encode_blocks`.
+        encoder, vae, detector: as in `encode_blocks`.
     """
     result = EncodedBlock(block.number)
     samples = block.samples
-    moments: dict[int, tuple[Tensor, Tensor]] = {}
+    moments: dict[int, tuple[Tensor, ...]] = {}
     found: dict[int, Decoded] = {}
     if vae is not None:
         # A generator is drawn from one block at a time: the block's own pictures.
-        for index, item in _batched(zip(range(len(samples)), decoded), settings.batch_size, vae, moments):
+        for index, item in _batched(zip(range(len(samples)), decoded), settings.batch_size, vae, detector, moments):
             if isinstance(item, Rejected):
                 result.rejected.append(item)
             else:
-                found[index] = replace(item, pixels=_NO_PIXELS)  # encoded or waiting in a batch: free it here
+                found[index] = replace(
+                    item, pixels=_NO_PIXELS, condition=None
+                )  # encoded or waiting in a batch: free it here
         kept = [index for index in range(len(samples)) if index in found]
     else:
         kept = list(range(len(samples)))
@@ -219,21 +242,32 @@ def encode_block(
 
 
 def _batched(
-    items: Iterable[tuple[int, Decoded | Rejected]], size: int, vae: Any, moments: dict[int, tuple[Tensor, Tensor]]
+    items: Iterable[tuple[int, Decoded | Rejected]],
+    size: int,
+    vae: Any,
+    detector: Detector | None,
+    moments: dict[int, tuple[Tensor, ...]],
 ) -> Iterator[tuple[int, Decoded | Rejected]]:
-    """Pass items on; fill `moments` of the decoded ones, in batches of one bucket."""
-    pending: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+    """Pass items on; fill `moments` (mean, std, and the condition's) of the decoded ones, in batches of one bucket."""
+    pending: dict[tuple[int, int], list[tuple[int, Decoded]]] = {}
+
+    def to_device(levels: list[np.ndarray]) -> Tensor:
+        pixels = torch.from_numpy(np.stack(levels))  # (B, H, W, 3) uint8
+        return to_unit_range(pixels.to(vae.device, non_blocking=True))
 
     def flush(bucket: tuple[int, int]) -> None:
         batch = pending.pop(bucket)
-        pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))  # (B, H, W, 3) uint8
-        mean, std = encode_moments(vae, to_unit_range(pixels.to(vae.device, non_blocking=True)))
-        mean, std = mean.cpu(), std.cpu()
-        moments.update({index: (mean[row], std[row]) for row, (index, _) in enumerate(batch)})
+        pixels = to_device([item.pixels for _, item in batch])
+        found = [*encode_moments(vae, pixels)]
+        given = [item.condition for _, item in batch if item.condition is not None]
+        if given or detector is not None:
+            found += encode_moments(vae, to_device(given) if detector is None else detector(pixels))
+        found = [values.cpu() for values in found]
+        moments.update({index: tuple(values[row] for values in found) for row, (index, _) in enumerate(batch)})
 
     for index, item in items:
         if isinstance(item, Decoded):
-            pending.setdefault(item.bucket, []).append((index, item.pixels))
+            pending.setdefault(item.bucket, []).append((index, item))
             if len(pending[item.bucket]) == size:
                 flush(item.bucket)
             elif sum(map(len, pending.values())) >= 4 * size:
@@ -245,10 +279,10 @@ def _batched(
 
 
 def _row(
-    sample: Sample, decoded: Decoded | None, moments: tuple[Tensor, Tensor] | None, captions: list[Tensor]
+    sample: Sample, decoded: Decoded | None, moments: tuple[Tensor, ...] | None, captions: list[Tensor]
 ) -> FeatureRow:
     nothing = torch.empty(0)
-    mean, std = moments if moments is not None else (nothing, nothing)
+    mean, std, *control = moments if moments is not None else (nothing, nothing)
     return FeatureRow(
         key=sample.key,
         image_size=decoded.image_size if decoded else (0, 0),
@@ -263,4 +297,6 @@ def _row(
         source_stat=decoded.stat if decoded else "",
         source_hash=decoded.content_hash if decoded else "",
         record_hash=sample.record_hash(),
+        control_mean=control[0] if control else None,
+        control_std=control[1] if control else None,
     )

@@ -26,7 +26,9 @@ from torch import Tensor
 from diffusion.errors import DataError
 from diffusion.features.access import StoreFiles
 from diffusion.features.manifest import MANIFEST, NULL_CAPTION, REMEDY, read_manifest
-from diffusion.features.rows import DTYPES, INDEX_SCHEMA, FeatureRow, from_buffer, index_of, upgrade
+from diffusion.features.rows import CONTROL_SCHEMA, DTYPES, INDEX_SCHEMA, FeatureRow, from_buffer, index_of, upgrade
+
+_TENSOR_COLUMNS = ("latents_mean", "latents_std", "caption_embeds", *CONTROL_SCHEMA.names)
 
 
 class FeatureStore:
@@ -82,9 +84,10 @@ class FeatureStore:
     def row(self, index: int) -> FeatureRow:
         """Everything about a sample."""
         table, position = self._locate(index)
-        row = table.slice(position, 1).drop_columns(["latents_mean", "latents_std", "caption_embeds"])
+        row = table.slice(position, 1).select([name for name in table.column_names if name not in _TENSOR_COLUMNS])
         values = upgrade(row).to_pylist()[0]
         mean, std = self.latents(index)
+        control_mean, control_std = self.control(index) or (None, None)
         return FeatureRow(
             key=values["key"],
             image_size=tuple(values["image_size"]),
@@ -96,13 +99,22 @@ class FeatureStore:
             caption_embeds=[self.caption(index, number) for number in range(len(values["captions"]))],
             attributes={pair["name"]: pair["value"] for pair in values["attributes"]},
             **{name: values[name] for name in ("caption_weights", "source_stat", "source_hash", "record_hash")},
+            control_mean=control_mean,
+            control_std=control_std,
         )
 
     def latents(self, index: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a sample's latents, (C, h, w) each."""
+        return self._moments(index, "latents")
+
+    def control(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the condition's latents, (C, h, w) each; None: the store has no condition."""
+        return self._moments(index, "control") if "condition" in self.fingerprint else None
+
+    def _moments(self, index: int, prefix: str) -> tuple[Tensor, Tensor]:
         table, position = self._locate(index)
         shape = table.column("latent_shape")[position].as_py()
-        mean, std = (table.column(name)[position].as_buffer() for name in ("latents_mean", "latents_std"))
+        mean, std = (table.column(f"{prefix}_{name}")[position].as_buffer() for name in ("mean", "std"))
         return from_buffer(mean, self.dtype, shape), from_buffer(std, self.dtype, shape)
 
     def caption(self, index: int, number: int) -> Tensor:

@@ -33,7 +33,7 @@ from diffusion.features.manifest import (
     read_manifest,
     write_manifest,
 )
-from diffusion.features.rows import DTYPES, SCHEMA, FeatureRow, index_of, to_batch
+from diffusion.features.rows import CONTROL_SCHEMA, DTYPES, SCHEMA, FeatureRow, index_of, schema_with_control, to_batch
 from diffusion.features.sources import Rejected
 from diffusion.features.stages import EncodedBlock
 from diffusion.files import TEMPORARY, write_atomically
@@ -312,7 +312,8 @@ def to_arrow(table: pa.Table) -> bytes:
 
 def write_arrow(path: Path, table: pa.Table) -> dict[str, Any]:
     """Write rows as a shard; returns its entry for the manifest."""
-    content = to_arrow(table.select(SCHEMA.names).cast(SCHEMA))
+    schema = schema_with_control() if CONTROL_SCHEMA.names[0] in table.column_names else SCHEMA
+    content = to_arrow(table.select(schema.names).cast(schema))
     write_atomically(path, content)
     return _entry(path.name, len(table), content)
 

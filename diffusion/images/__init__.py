@@ -25,7 +25,7 @@ from diffusion.images.decoding import (
     picture_size,
     read_picture,
 )
-from diffusion.images.edges import detect_edges
+from diffusion.images.edges import canny_edges, detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
 from diffusion.images.vae import decode_latents, encode_moments, in_fast_layout, load_vae, vae_folder
@@ -46,6 +46,7 @@ __all__ = [
     "BucketTable",
     "Measure",
     "aspect_ratio_table",
+    "canny_edges",
     "closest_bucket",
     "crop_box_for",
     "decode_bytes",

@@ -31,7 +31,8 @@ def load_networks(
 
     Args:
         transformer: a checkpoint of any kind, or a network; a ControlNet (file) brings its own base.
-        controlnet: a ControlNet file for `transformer`, whose weights take the place of the base in the file.
+        controlnet: a ControlNet file for `transformer`, whose weights take the place of the base in the file; or a
+            `checkpoint-N` of its training.
     Raises:
         CheckpointError: see `open_checkpoint`; `controlnet` is made for another kind of model; or both are ControlNets.
     """
@@ -45,7 +46,7 @@ def load_networks(
         if controlnet is not None:
             raise CheckpointError(f"{controlnet}: the model is a ControlNet already; leave one of the two out")
         return network.base_model, network
-    return network, None if controlnet is None else load_controlnet(controlnet, network)
+    return network, None if controlnet is None else load_controlnet(controlnet, network, ema=ema)
 
 
 def load_edge_detector(source: str | Path | HED | None, device: str | torch.device) -> HED | None:

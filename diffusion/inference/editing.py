@@ -22,12 +22,14 @@ class Source:
     """What the asked pictures begin from.
 
     pixels: (B, 3, H, W) in [-1, 1]. latents: (B, C, h, w) scaled. keep: None, or where the source stays: (B, 1, H, W)
-    bool for pixels; latents stay where no pixel under them is to be painted.
+    bool for pixels; latents stay where no pixel under them is to be painted. guides: guidance leads towards the source
+    too, since its unconditional half goes on without what is put in.
     """
 
     pixels: Tensor
     latents: Tensor
     keep: Tensor | None
+    guides: bool = False
 
     def hold_latents(self, scheduler: Any, noise: Tensor, last_step: int) -> Callable[[int, Tensor], Tensor]:
         """A function of (step, latents after it) that puts the source, under the next step's noise, where it stays.

@@ -245,8 +245,10 @@ class PixArtPipeline(PipelineParts):
         if request.first_step < steps:
             self._bring("transformer")
 
+        free: Tensor | None = None  # latents without the source, where the unconditional half shall not see it
+
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            inputs = torch.cat([latents, latents]) if request.guided else latents
+            inputs = torch.cat([latents if free is None else free, latents]) if request.guided else latents
             # float32 timesteps whatever the network's dtype: bfloat16 would round 999 to 1000.
             timesteps = timestep.to(device=inputs.device, dtype=torch.float32).expand(len(inputs))
             output = network(inputs, timesteps, conditions.embeds, conditions.mask, **conditions.sizes).float()
@@ -264,7 +266,10 @@ class PixArtPipeline(PipelineParts):
         with self.progress_bar(total=steps - request.first_step) as bar:
 
             def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+                nonlocal free
                 bar.update()
+                if source is not None and source.guides:
+                    free = latents
                 if hold is not None:
                     latents = hold(index, latents)
                 if callback is None:

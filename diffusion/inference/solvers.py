@@ -62,6 +62,26 @@ class OriginalLCMScheduler(LCMScheduler):
         super().set_timesteps(timesteps=grid[:: grid_size // num_inference_steps][:num_inference_steps], device=device)
 
 
+class OneStepScheduler(LCMScheduler):
+    """One step from pure noise at a timestep to the predicted picture, for generators distilled by DMD."""
+
+    one_step_timestep = 400
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **kwargs: Any
+    ) -> None:
+        """`one_step_timestep`, whatever is asked for.
+
+        Raises:
+            PromptError: another number of steps than 1.
+        """
+        if num_inference_steps != 1:
+            raise PromptError(f"num_inference_steps={num_inference_steps} must be 1 with a generator of one step")
+        self.num_inference_steps = 1  # type: ignore[assignment]
+        self.timesteps = torch.tensor([self.one_step_timestep], device=device)
+        self._step_index = None
+
+
 _SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm-solver": (
         DPMSolverMultistepScheduler,
@@ -177,6 +197,13 @@ def _flow_scheduler(name: str, base: Mapping[str, Any], shift: float) -> Any:
     cls, settings = _SOLVERS[name]
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     return cls(**{**PROCESS, "num_train_timesteps": steps, **settings, **flow})
+
+
+def make_one_step_scheduler(timestep: int) -> OneStepScheduler:
+    """For a generator that was trained to see pure noise at `timestep`."""
+    scheduler = OneStepScheduler(**PROCESS, clip_sample=False, set_alpha_to_one=True)
+    scheduler.one_step_timestep = timestep
+    return scheduler
 
 
 def solver_name(scheduler: Any) -> str:

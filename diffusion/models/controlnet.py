@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.initialization import zero_
 from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig
@@ -75,6 +76,17 @@ class ControlPixArt(nn.Module):
         return self.base_model.config
 
     @property
+    def y_embedder(self) -> nn.Module:
+        """Of the base model: it holds the null caption."""
+        return self.base_model.y_embedder
+
+    def compile_blocks(self) -> None:
+        """See `PixArt.compile_blocks`."""
+        self.base_model.compile_blocks()
+        for block in self.controlnet:
+            block.compile()
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.base_model.dtype
 
@@ -117,7 +129,11 @@ class ControlPixArt(nn.Module):
             nonlocal control
             if not 1 <= index <= len(self.controlnet):
                 return tokens
-            control, skip = self.controlnet[index - 1](control, tokens, *arguments)
+            inputs = (control, tokens, *arguments)
+            if self.base_model.checkpoint_every and self.training:
+                control, skip = checkpoint(self.controlnet[index - 1], *inputs, use_reentrant=False)
+            else:
+                control, skip = self.controlnet[index - 1](*inputs)
             return tokens + condition_strength * skip
 
         return self.base_model(*inputs, img_hw=img_hw, aspect_ratio=aspect_ratio, before_block=add_control)

@@ -17,7 +17,12 @@ class ClassDenoisingObjective(DenoisingObjective):
     """As `DenoisingObjective`, with classes for captions; class_dropout_prob replaces a class by the null class."""
 
     def denoiser(
-        self, model: nn.Module, batch: Any, drop: Tensor, before_block: Callable[..., Tensor] | None = None
+        self,
+        model: nn.Module,
+        batch: Any,
+        drop: Tensor,
+        before_block: Callable[..., Tensor] | None = None,
+        **inputs: Any,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network with the classes of a batch, null where drop (B,) is True."""
         class_ids = torch.where(drop, unwrap(model).null_class, batch.class_ids)

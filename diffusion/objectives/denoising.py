@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,9 @@ class Objective(Protocol):
     """One training family: what a step minimises. Every random draw is keyed by the batch's sample numbers."""
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput: ...
+
+    def for_validation(self) -> Objective:
+        """The objective as the validation loss takes it."""
 
 
 def noise_mse(noise_pred: Tensor, noise: Tensor, snr: Tensor, snr_cap: float | None = None) -> Tensor:
@@ -127,13 +130,13 @@ class DenoisingObjective:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
         numbers = batch.sample_numbers
         shape = batch.latents_mean.shape[1:]
-        posterior_noise = keyed_normal(seed, "posterior", numbers, shape) if self.sample_latents else None
-        latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
+        latents = self.sample(batch.latents_mean, batch.latents_std, numbers, seed, "posterior")
         timesteps = self.draw_timesteps(seed, numbers)
         noise = keyed_normal(seed, "noise", numbers, shape)
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         watch = watch_blocks(unwrap(model), batch, seed, self.routing, self.alignment)
-        output = self.terms(self.denoiser(model, batch, drop, watch), latents, timesteps, noise)
+        denoise = self.denoiser(model, batch, drop, watch, **self.further_inputs(batch, seed))
+        output = self.terms(denoise, latents, timesteps, noise)
         if self.alignment is None:
             return output
         if watch is None or watch.similarity is None:
@@ -147,11 +150,29 @@ class DenoisingObjective:
         return keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
 
     def denoiser(
-        self, model: nn.Module, batch: LatentBatch, drop: Tensor, before_block: Callable[..., Tensor] | None = None
+        self,
+        model: nn.Module,
+        batch: LatentBatch,
+        drop: Tensor,
+        before_block: Callable[..., Tensor] | None = None,
+        **inputs: Any,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network with the captions of a batch, null where drop (B,) is True: (x_t, timesteps) -> output."""
         embeds, mask = self.drop_captions(model, batch, drop)
-        return lambda x_t, t: predict(model, x_t, t, embeds, mask, batch, before_block)
+        return lambda x_t, t: predict(model, x_t, t, embeds, mask, batch, before_block, **inputs)
+
+    def sample(self, mean: Tensor, std: Tensor, numbers: Tensor, seed: int, purpose: str) -> Tensor:
+        """Scaled latents from the VAE's posterior, drawn or its mode: (B, C, h, w)."""
+        noise = keyed_normal(seed, purpose, numbers, mean.shape[1:]) if self.sample_latents else None
+        return sample_posterior(mean, std, noise) * self.scale_factor
+
+    def further_inputs(self, batch: LatentBatch, seed: int) -> dict[str, Tensor]:
+        """Keyword arguments of the network beside captions and sizes; a family that has some overrides this."""
+        return {}
+
+    def for_validation(self) -> DenoisingObjective:
+        """The same loss without caption dropout and with uniform timesteps, so that runs can be compared."""
+        return replace(self, class_dropout_prob=0.0, logit_normal=None, routing=None, alignment=None)
 
     def terms(
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
@@ -187,13 +208,20 @@ def predict(
     mask: Tensor,
     batch: LatentBatch,
     before_block: Callable[..., Tensor] | None = None,
+    **inputs: Any,
 ) -> Tensor:
-    """Run the network, with size conditions if it takes them; before_block: see `PixArt.forward`."""
-    config = unwrap(model).config
-    options: dict[str, Any] = {} if before_block is None else {"before_block": before_block}
-    if config.micro_condition:
-        options |= {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio}
-    return model(noisy, timesteps, embeds, mask, **options)
+    """Run the network, with size conditions if it takes them; before_block: see `PixArt.forward`.
+
+    inputs: further arguments of the network's forward.
+    """
+    options = inputs if before_block is None else {**inputs, "before_block": before_block}
+    return model(noisy, timesteps, embeds, mask, **size_inputs(model, batch), **options)
+
+
+def size_inputs(model: nn.Module, batch: LatentBatch) -> dict[str, Tensor]:
+    """Size conditions as keyword arguments, for a network that takes them."""
+    sizes = {"img_hw": batch.img_hw, "aspect_ratio": batch.aspect_ratio}
+    return sizes if unwrap(model).config.micro_condition else {}
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -95,6 +95,7 @@ def build_training_data(config: TrainConfig, split: str | None = None) -> Any:
         model_max_length=config.model_max_length,
         seed=config.seed,
         data_root=config.data_root,
+        train_ratio=config.train_ratio,
     )
     # Validation reads another split of the store that training has checked; the encoders need not be hashed again.
     if split is None and config.pipeline_load_from is not None and not isinstance(dataset, OriginalLayout):

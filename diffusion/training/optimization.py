@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -151,22 +151,34 @@ def blend(average: Mapping[str, Tensor], current: Mapping[str, Tensor], weight: 
         local(average[key]).copy_(local(current[key]))
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters and buffers, or where some parameters are frozen the others alone."""
+    state: dict[str, Tensor] = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return state if len(trained) == len(list(model.parameters())) else {name: state[name] for name in trained}
+
+
 class WeightAverage:
     """Exponential moving average of parameters and buffers, in float32: avg <- rate * avg + (1 - rate) * value.
 
     Buffers that are not floating point are copied; of a sharded network each process averages its shards. Early in a
-    run the rate is min(rate, (1 + n) / (10 + n)) after n updates, so that the average forgets its start.
+    run the rate is min(rate, (1 + n) / (10 + n)) after n updates, so that the average forgets its start; warm_up False
+    = `rate` always. keys: of the state dict; None = `trained_state`.
     """
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
-        self.rate = rate
+    def __init__(
+        self, model: nn.Module, rate: float, *, warm_up: bool = True, keys: Collection[str] | None = None
+    ) -> None:
+        self.rate, self.warm_up = rate, warm_up
         self.num_updates = 0
-        self.tensors = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+        state = trained_state(model) if keys is None else model.state_dict()
+        self.tensors = {key: state[key].detach().clone() for key in (state if keys is None else keys)}
 
     def update(self, model: nn.Module) -> None:
         """Fold in the current weights."""
         self.num_updates += 1
-        rate = min(self.rate, (1 + self.num_updates) / (10 + self.num_updates))
+        early = (1 + self.num_updates) / (10 + self.num_updates)
+        rate = min(self.rate, early) if self.warm_up else self.rate
         blend(self.tensors, model.state_dict(), 1 - rate)
 
     @torch.no_grad()

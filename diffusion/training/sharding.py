@@ -21,7 +21,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def part_like(template: Tensor, full: Tensor) -> Tensor:
     """A whole tensor in the layout of another: this process's shard of it, without communication."""
-    if not isinstance(template, DTensor):
+    if not isinstance(template, DTensor) or isinstance(full, DTensor):  # whole on both sides, or a part already
         return full
     on_device = full.to(template.device, template.dtype)
     return distribute_tensor(on_device, template.device_mesh, template.placements, src_data_rank=None)

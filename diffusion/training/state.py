@@ -19,18 +19,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from diffusion import __version__
-from diffusion.checkpoints import load_weights, read_transformer, write_transformer
 from diffusion.checkpoints.training_state import FORMAT_VERSION
 from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, StorageError
-from diffusion.models import PixArt, PixArtConfig
+from diffusion.models import PixArt
 from diffusion.training import posthoc_snapshots
 from diffusion.training.building import build_network
+from diffusion.training.family import Family
 from diffusion.training.host_copy import HostCopies
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.posthoc_snapshots import PosthocAverages, write_averages
-from diffusion.training.sharding import is_sharded, parts_like, whole
-from diffusion.training.starting import require_same_prediction
+from diffusion.training.sharding import is_sharded, whole
 from diffusion.training.verdict import Verdict
 
 TRAINER_FILE = "trainer.json"
@@ -53,6 +52,7 @@ class RunState:
     step: int = 0
     skipped_steps: int = 0
     observe: Callable[[Verdict], None] | None = None
+    family: Family = field(default_factory=Family)
     _verdict: Verdict | None = None
 
     @property
@@ -98,7 +98,7 @@ class RunState:
         """
         self.settle()
         tensors = {
-            "weights": self.network.state_dict(),
+            "weights": self.family.saved(self.network),
             "averaged": self.average.tensors if self.average is not None else None,
             "posthoc": self.posthoc.tensors if self.posthoc is not None else None,
             "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
@@ -112,9 +112,10 @@ class RunState:
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.average.num_updates if self.average is not None else None,
             "versions": versions,
+            "family": self.family.facts(),
             **facts,
         }
-        return HostState(step=self.step, config=self.network.config, record=record, **copies.take(tensors))
+        return HostState(self.step, self.network, self.family, record, **copies.take(tensors))
 
     def restore(self, folder: Path, *, load_ema: bool = False, resume_optimizer: bool = True) -> dict[str, Any]:
         """Load everything that `HostState.write` wrote into a checkpoint that was verified; returns its record.
@@ -128,14 +129,14 @@ class RunState:
         record = read_record(folder)
         if load_ema and record["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
-        stored, weights = read_transformer(folder, ema=load_ema)
-        require_same_prediction(self.network, getattr(stored, "prediction_type", "epsilon"), folder)
-        load_weights(self.network, parts_like(self.network.state_dict(), weights), folder)
+        self.family.check_facts(record["family"], folder)
         if self.average is not None:
             if record["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
-            _, averaged = read_transformer(folder / "transformer_ema")
-            self.average.load(averaged, record["ema_updates"])
+            self.family.restore(self.network, folder, ema=True)  # for a moment
+            averaged = self.network.state_dict()
+            self.average.load({key: averaged[key] for key in self.average.tensors}, record["ema_updates"])
+        self.family.restore(self.network, folder, ema=load_ema)
         if self.posthoc is not None:
             self.posthoc.read(folder / posthoc_snapshots.FOLDER, record["step"])
         if resume_optimizer:
@@ -163,7 +164,8 @@ class HostState:
     """A run's state after a step, in host memory: what one checkpoint holds."""
 
     step: int
-    config: PixArtConfig
+    network: PixArt  # for its structure alone; its tensors go on training
+    family: Family
     record: dict[str, Any]
     weights: dict[str, Tensor]
     averaged: dict[str, Tensor] | None
@@ -181,10 +183,9 @@ class HostState:
         Raises:
             StorageError, OSError: the disk is full or failing.
         """
-        kept = ("y_embedder.y_embedding",) if stored_null_caption else ()
-        write_transformer(self.weights, self.config, folder / "transformer", native_only=kept)
-        if self.averaged is not None:
-            write_transformer(self.averaged, self.config, folder / "transformer_ema", native_only=kept)
+        for tensors, ema in ((self.weights, False), (self.averaged, True)):
+            if tensors is not None:
+                self.family.write(tensors, self.network, folder, ema=ema, stored_null_caption=stored_null_caption)
         if self.posthoc is not None:
             write_averages(self.posthoc, folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
         self._write_optimizer(folder / "training_state")
@@ -203,7 +204,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Content of trainer.json of any format version, in the newest one's form."""
     record: dict[str, Any] = json.loads((folder / TRAINER_FILE).read_bytes())
     if record["format_version"] < 2:  # its next log line averages the steps after the checkpoint alone
-        record |= {"window": None, "data": None, "skipped_steps": 0}
+        record |= {"window": None, "data": None, "skipped_steps": 0, "family": {}}
     return record
 
 
@@ -248,9 +249,11 @@ class averaged_weights:
         self.network, self.average = network, average
 
     def __enter__(self) -> PixArt:
-        self.raw = {key: tensor.detach().clone() for key, tensor in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average.tensors)
+        state = self.network.state_dict()
+        state = self.network.state_dict()
+        self.raw = {key: state[key].detach().clone() for key in self.average.tensors}  # some families average a part
+        self.network.load_state_dict(self.average.tensors, strict=False)
         return self.network
 
     def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.raw)
+        self.network.load_state_dict(self.raw, strict=False)

@@ -18,14 +18,14 @@ from diffusion.errors import ConfigError, PreemptedError
 from diffusion.files import write_atomically
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
-from diffusion.training.building import build_network, build_training_data
+from diffusion.training.building import build_training_data
 from diffusion.training.continuity import check_config, check_data, data_identity
 from diffusion.training.equality import require_equal
+from diffusion.training.family import Family
 from diffusion.training.faults import Faults
 from diffusion.training.first_batch import first_batch_sheet
 from diffusion.training.health import Health, Stragglers, explained_out_of_memory
 from diffusion.training.optimization import (
-    WeightAverage,
     build_optimizer,
     global_norm,
     lr_factor,
@@ -66,6 +66,7 @@ class Trainer:
         resume_from: a checkpoint folder or "latest"; None starts anew.
         load_from: starting weights of a new run; overrides the config.
         allow_config_change: resume although config or data changed in a way that changes the training.
+        family: None = base training.
     Raises:
         PixArtError: anything the user can mend, before the first step.
     """
@@ -81,8 +82,9 @@ class Trainer:
         allow_config_change: bool = False,
         reporting: Reporting | None = None,
         ranks: Ranks | None = None,
+        family: Family | None = None,
     ) -> None:
-        self.config, self.reporting = config, reporting or Reporting()
+        self.config, self.reporting, self.family = config, reporting or Reporting(), family or Family()
         self.ranks = ranks or Ranks()
         self.work_dir = Path(work_dir)
         self.checkpoints = self.work_dir / CHECKPOINTS
@@ -97,9 +99,10 @@ class Trainer:
         self.objective = make_objective(config, self.dataset)
         self.sampler = self._build_sampler()
         torch.manual_seed(config.seed)  # of the initial weights; every later draw is keyed by its sample number
-        start = (load_from or config.load_from) if self.resumed_from is None else None
-        network = place(build_network(config, start), config, self.ranks)
+        start, resuming = load_from or config.load_from, self.resumed_from is not None
+        network = place(self.family.build_network(config, start, resuming=resuming), config, self.ranks)
         self.state = self._build_state(network)
+        self.family.connect(self.objective, self.state, config)
         self.window = Window(self.ranks.device)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
@@ -151,8 +154,9 @@ class Trainer:
             network=network,
             optimizer=build_optimizer(network, config, self.global_batch),
             scaler=torch.amp.GradScaler(self.ranks.device.type, enabled=use_scaler),
-            average=WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None,
+            average=self.family.build_average(network, config),
             posthoc=PosthocAverages(network, posthoc.sigma_rels) if posthoc is not None else None,
+            family=self.family,
         )
 
     def _restore(self, folder: Path) -> None:
@@ -390,7 +394,8 @@ class Trainer:
             return None, None
         loss = ValidationLoss(config, self.objective, self.ranks) if self._has_validation_split() else None  # type: ignore[arg-type]
         has_prompts = bool(config.validation.prompts or config.validation.prompt_file)
-        grid = PromptGrid(config, self.ranks.device) if has_prompts and self.ranks.is_main else None
+        draws = has_prompts and self.ranks.is_main
+        grid = self.family.build_grid(config, self.ranks.device, self.dataset) if draws else None
         return loss, grid
 
     def _has_validation_split(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from diffusion.config import TrainConfig
 from diffusion.data import SampleKey, collate
 from diffusion.errors import ConfigError, PromptError
-from diffusion.objectives import DenoisingObjective
+from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
 from diffusion.training.building import build_training_data
 
@@ -29,11 +28,9 @@ class ValidationLoss:
     The samples are shared among the ranks; every rank gets the same mean.
     """
 
-    def __init__(self, config: TrainConfig, objective: DenoisingObjective, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, objective: Objective, ranks: Ranks) -> None:
         self.ranks, self.seed = ranks, config.validation.seed
-        # Uniform timesteps, whatever training draws: losses of runs that differ in it stay comparable.
-        levers: dict[str, Any] = {"logit_normal": None, "routing": None, "alignment": None}
-        self.objective = replace(objective, class_dropout_prob=0.0, **levers)
+        self.objective = objective.for_validation()
         dataset = build_training_data(config, split=config.validation.split)
         count = min(config.validation.num_samples, len(dataset))
         groups: dict[object, list[int]] = {}
@@ -63,7 +60,7 @@ class ValidationLoss:
 class PromptGrid:
     """Pictures of fixed prompts from fixed seeds. The captions are encoded once; T5 is then freed."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, algorithm: str | None = None) -> None:
         from diffusion.images import load_vae
         from diffusion.inference import PixArtPipeline
         from diffusion.inference.folders import load_scheduler
@@ -78,7 +75,7 @@ class PromptGrid:
         self.null_caption = config.null_caption
         folder = config.pipeline_load_from  # it may lack a transformer: this run may be making the first
         encoder = CaptionEncoder.from_pretrained(folder, device=device, max_length=config.model_max_length)
-        vae, scheduler = load_vae(folder, device=device), load_scheduler(folder)
+        vae, scheduler = load_vae(folder, device=device), load_scheduler(folder, algorithm)
         scheduler = fitting_scheduler(scheduler, config.process.prediction_type, config.process.flow_shift)
         if not math.isclose(vae.config.scaling_factor, config.scale_factor, rel_tol=1e-4):
             raise ConfigError(
@@ -95,26 +92,34 @@ class PromptGrid:
         """A labelled grid of the prompts."""
         from diffusion.images import labelled_grid
 
+        return labelled_grid(self.pictures(network), self.prompts, columns=4)
+
+    def pictures(self, network: PixArt, **arguments: Any) -> list[Image]:
+        """One picture a prompt; `arguments` are further ones of the pipeline's call."""
         training = network.training
         network.eval()
         self.pipeline.transformer = network
         embeds, mask = self.captions
         null_embeds, null_mask = self.null
+        settings = {
+            "num_inference_steps": self.settings.num_inference_steps,
+            "guidance_scale": self.settings.guidance_scale,
+            **arguments,
+        }
         pictures = self.pipeline(
             prompt_embeds=embeds,
             prompt_attention_mask=mask,
             negative_prompt_embeds=null_embeds,
             negative_prompt_attention_mask=null_mask,
             null_caption=self.null_caption,
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
             height=self.image_size,
             width=self.image_size,
             seed=[self.settings.seed + index for index in range(len(self.prompts))],
+            **settings,
         ).images
         self.pipeline.transformer = None
         network.train(training)
-        return labelled_grid(pictures, self.prompts, columns=4)
+        return pictures
 
 
 def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:

@@ -18,14 +18,15 @@ MAY_IMPORT = {
     "objectives": {"models", "process"},
     "text": set(),
     "images": {"models"},
-    "features": {"text", "images"},
+    "features": {"text", "images", "checkpoints"},
     "data": {"process", "features", "images"},
     "checkpoints": {"models"},
+    "adapters": {"models", "checkpoints"},
     "inference": {"models", "process", "text", "images", "checkpoints"},
     "evaluation": {"models", "process", "text", "images", "features", "checkpoints", "inference"},
     "training": {
-        "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "inference",
-        "evaluation",
+        "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "adapters",
+        "inference", "evaluation",
     },
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,122 @@
+"""LCM and LCM-LoRA: latent consistency distillation of a whole network, or of adapters in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffusion.adapters import add_lora, load_lora_tensors, read_lora, save_lora, without_lora
+from diffusion.checkpoints import open_checkpoint
+from diffusion.config import TrainConfig
+from diffusion.errors import CheckpointError, ConfigError
+from diffusion.inference import make_scheduler
+from diffusion.inference.solvers import stock_scheduler
+from diffusion.objectives import ConsistencyObjective, Objective, Roles
+from diffusion.training.building import denoising_objective
+from diffusion.training.family import OnABase
+from diffusion.training.optimization import WeightAverage
+from diffusion.training.validation import PromptGrid
+
+if TYPE_CHECKING:
+    from diffusion.training.state import RunState
+
+
+def consistency_objective(config: TrainConfig, dataset: Any) -> ConsistencyObjective:
+    """Latent consistency distillation as the config describes it.
+
+    Raises:
+        ConfigError: a null caption that the data cannot give, or DDIM steps that do not divide the process.
+    """
+    base = denoising_objective(config, dataset)
+    if config.train_sampling_steps % config.num_ddim_timesteps:
+        raise ConfigError(
+            f"num_ddim_timesteps={config.num_ddim_timesteps} must divide train_sampling_steps="
+            f"{config.train_sampling_steps}, e.g. 50"
+        )
+    return ConsistencyObjective(
+        process=base.process,
+        scale_factor=base.scale_factor,
+        class_dropout_prob=base.class_dropout_prob,
+        null_embeds=base.null_embeds,
+        sample_latents=base.sample_latents,
+        num_ddim_steps=config.num_ddim_timesteps,
+        guidance=(config.w_min, config.w_max) if config.w_drawn else (config.cfg_scale, config.cfg_scale),
+        huber_c=config.huber_c if config.loss_type == "huber" else None,
+    )
+
+
+class LCM(OnABase):
+    """Teacher, student and target begin alike; the target is the student's average of rate `ema_decay`.
+
+    A checkpoint holds the student (`transformer/`), the target (`transformer_ema/`) and the LCM scheduler's config, by
+    which it is recognised.
+    """
+
+    base_name = "teacher"
+
+    def objective(self, config: TrainConfig, dataset: Any) -> ConsistencyObjective:
+        return consistency_objective(config, dataset)
+
+    def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
+        self.teacher = self._build_teacher(config, start)
+        return copy.deepcopy(self.teacher).requires_grad_()
+
+    def _build_teacher(self, config: TrainConfig, start: str | Path | None) -> Any:
+        teacher = self.build_base(config, start)
+        assert start is not None  # build_base has checked it
+        if open_checkpoint(start).found.lcm:
+            raise CheckpointError(f"{start} is distilled already; give the model that it was distilled from")
+        return teacher
+
+    def build_average(self, network: Any, config: TrainConfig) -> WeightAverage:
+        return WeightAverage(network, config.ema_decay, warm_up=False)
+
+    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+        assert isinstance(objective, ConsistencyObjective) and state.average is not None
+        device = state.network.device
+        target = copy.deepcopy(state.network).requires_grad_(False)
+        target.load_state_dict(state.average.tensors, assign=True)  # one memory: it is the average, always
+        objective.roles = Roles(self.teacher.to(device).eval(), target.eval())
+
+    def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
+        return PromptGrid(config, device, "lcm")
+
+    def write(
+        self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
+    ) -> None:
+        super().write(tensors, network, folder, ema=ema, stored_null_caption=stored_null_caption)
+        stock_scheduler(make_scheduler("lcm")).save_pretrained(folder / "scheduler")
+
+
+class LCMLoRA(LCM):
+    """Adapters of rank `lora_rank` are the student; without them the same network is the teacher.
+
+    The target is the student itself, without gradients. A checkpoint holds the adapters alone, see `save_lora`.
+    """
+
+    def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
+        network = add_lora(self._build_teacher(config, start), config.lora_rank)
+        self.base = str(start)
+        return network
+
+    def build_average(self, network: Any, config: TrainConfig) -> None:  # type: ignore[override]
+        return None
+
+    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+        assert isinstance(objective, ConsistencyObjective)
+        objective.roles = Roles(state.network, state.network, partial(without_lora, state.network))
+
+    def save(self, network: Any, folder: Path, *, ema: bool, stored_null_caption: bool) -> None:
+        save_lora(network, folder, base=self.base)
+
+    def read(self, folder: Path, *, ema: bool) -> dict[str, Tensor]:
+        return read_lora(folder)
+
+    def load(self, network: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+        load_lora_tensors(network, tensors, folder)

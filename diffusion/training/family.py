@@ -1,0 +1,115 @@
+"""What a training family does otherwise than base training: its network, its average, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffusion.checkpoints import load_weights, read_transformer, write_transformer
+from diffusion.config import TrainConfig
+from diffusion.errors import ConfigError
+from diffusion.inference.recipe import model_fingerprint
+from diffusion.objectives import Objective
+from diffusion.training.building import build_network, denoising_objective
+from diffusion.training.optimization import WeightAverage, trained_state
+from diffusion.training.sharding import parts_like
+from diffusion.training.starting import require_same_prediction
+from diffusion.training.validation import PromptGrid
+
+if TYPE_CHECKING:
+    from diffusion.training.state import RunState
+
+
+class Family:
+    """Base training; other families override what differs. One object belongs to one run."""
+
+    def objective(self, config: TrainConfig, dataset: Any) -> Objective:
+        """What a step minimises."""
+        return denoising_objective(config, dataset)
+
+    def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
+        """The network of the run, in float32 on the CPU; what shall not train has `requires_grad` False.
+
+        Args:
+            start: starting weights; resuming: a checkpoint will be restored, so base training needs none.
+        """
+        return build_network(config, None if resuming else start)
+
+    def build_average(self, network: Any, config: TrainConfig) -> WeightAverage | None:
+        """The average of the trained weights that a checkpoint holds too."""
+        return WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None
+
+    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+        """Give the objective what it needs of the run, on the device; called once, before a checkpoint is restored."""
+
+    def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
+        """What draws the validation pictures."""
+        return PromptGrid(config, device)
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must agree with: kept in trainer.json."""
+        return {}
+
+    def check_facts(self, stored: dict[str, Any], folder: Path) -> None:
+        """Refuse to resume a run that began otherwise."""
+        for name, value in self.facts().items():
+            if stored.get(name) != value:
+                raise ConfigError(
+                    f"{folder} was trained with another {name.replace('_', ' ')} ({stored.get(name)}, now {value}); "
+                    "give the same --load-from to resume"
+                )
+
+    def saved(self, network: Any) -> dict[str, Tensor]:
+        """What a checkpoint holds of the network, by the names of its state dict; a copy of it goes to `write`."""
+        return trained_state(network)
+
+    def write(
+        self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
+    ) -> None:
+        """Write the trained weights into a checkpoint, while training goes on.
+
+        Args:
+            tensors: what `saved` gave, or the average of it (`ema`), in host memory.
+            network: for its structure; its own tensors may have changed.
+        """
+        name, kept = _folder("transformer", ema), ("y_embedder.y_embedding",) if stored_null_caption else ()
+        write_transformer(tensors, network.config, folder / name, native_only=kept)
+
+    def restore(self, network: Any, folder: Path, *, ema: bool) -> None:
+        """Give the network what `write` wrote, strictly."""
+        config, tensors = read_transformer(folder / _folder("transformer", ema))
+        require_same_prediction(network, getattr(config, "prediction_type", "epsilon"), folder)
+        load_weights(network, parts_like(network.state_dict(), tensors), folder)
+
+
+class OnABase(Family):
+    """A family that needs the weights it starts from in every run, resumed ones too: as its teacher, or below it."""
+
+    base_name = "base"
+    _base_fingerprint = ""
+
+    def build_base(self, config: TrainConfig, start: str | Path | None) -> Any:
+        """The frozen base, strictly loaded.
+
+        Raises:
+            ConfigError: no starting weights, or an option that this family does not have.
+        """
+        if start is None:
+            raise ConfigError(f"load_from: the {self.base_name} is missing; give its weights with --load-from")
+        for name, off in (("posthoc_ema", None), ("strategy", "ddp")):
+            if getattr(config, name) != off:
+                raise ConfigError(f"{name} is not offered by this program; set {name}={off}")
+        base = build_network(config, start).requires_grad_(False)
+        self._base_fingerprint = model_fingerprint(base)
+        return base
+
+    def facts(self) -> dict[str, Any]:
+        return {f"fingerprint_of_{self.base_name}": self._base_fingerprint}
+
+
+def _folder(name: str, ema: bool) -> str:
+    return f"{name}_ema" if ema else name

@@ -1,0 +1,33 @@
+"""What the training programs do with their arguments; they differ in the family alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from diffusion.config import config_overrides, load_config
+from diffusion.models import model_names
+from diffusion.training.family import Family
+from diffusion.training.trainer import Reporting, Trainer
+
+
+def train(args: argparse.Namespace, family: Family, overrides: Sequence[str] = ()) -> None:
+    """Run a training program: arguments of `train_parser`.
+
+    Args:
+        overrides: of config keys, by flags of the program's own.
+    Raises:
+        PixArtError: see `load_config` and `Trainer`.
+    """
+    config = load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names})
+    trainer = Trainer(
+        config,
+        family.objective,
+        args.work_dir or config.work_dir,
+        resume_from=args.resume_from,
+        load_from=args.load_from,
+        allow_config_change=args.allow_config_change,
+        reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
+        family=family,
+    )
+    trainer.fit()
