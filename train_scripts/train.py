@@ -24,7 +24,9 @@ def main() -> None:
     config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
 
     from diffusion.training import Reporting, Trainer, denoising_objective
+    from diffusion.training.publishing import publish_if_asked, require_account_if_asked
 
+    require_account_if_asked(args)
     trainer = Trainer(
         config,
         denoising_objective,
@@ -34,6 +36,7 @@ def main() -> None:
         reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
     )
     trainer.fit()
+    publish_if_asked(args, trainer.work_dir, is_main=trainer.ranks.is_main)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class ExtractionSettings:
         bucket_measure: how the nearest bucket is found, see `closest_bucket`.
         bucket_table: name of the bucket table; None = the one of `image_size`.
         transposes: add the sizes that the table holds on their side alone, see `with_transposes`.
+        int8_text: keep T5 in 8 bits, for cards that cannot hold it in 16.
     Raises:
         ConfigError: no bucket table of that name or size, or a choice of buckets without multi_scale.
     """
@@ -69,6 +70,7 @@ class ExtractionSettings:
     bucket_measure: Measure = "difference"
     bucket_table: str | None = None
     transposes: bool = False
+    int8_text: bool = False
 
     def __post_init__(self) -> None:
         if self.multi_scale:

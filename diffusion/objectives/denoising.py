@@ -108,6 +108,7 @@ class DenoisingObjective:
         min_snr_gamma: see `noise_mse`.
         learn_variance: train predicted variances by the bound; False leaves them as they are.
         logit_normal: density of the timesteps; None = uniform.
+        noise_offset: size of noise that is constant over a channel, added to the usual.
     """
 
     process: GaussianProcess
@@ -118,6 +119,7 @@ class DenoisingObjective:
     min_snr_gamma: float | None = None
     learn_variance: bool = True
     logit_normal: LogitNormal | None = None
+    noise_offset: float = 0.0
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
@@ -127,6 +129,8 @@ class DenoisingObjective:
         latents = sample_posterior(batch.latents_mean, batch.latents_std, posterior_noise) * self.scale_factor
         timesteps = keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
         noise = keyed_normal(seed, "noise", numbers, shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * keyed_normal(seed, "noise_offset", numbers, (shape[0], 1, 1))
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         embeds, mask = self.drop_captions(model, batch, drop)
         return self.terms(lambda x_t, t: predict(model, x_t, t, embeds, mask, batch), latents, timesteps, noise)

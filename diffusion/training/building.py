@@ -16,6 +16,7 @@ from diffusion.features import check_encoders
 from diffusion.models import KVCompression, PixArt, build_model
 from diffusion.objectives import DenoisingObjective
 from diffusion.process import IDDPM, LogitNormal
+from diffusion.training.lora import adapt, base_of_adapter
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_network(config: TrainConfig, start: str | Path | None = None) -> PixArt:
-    """A network with the config's precision and memory options, in float32 on the CPU.
+    """A network with the config's precision and memory options, in float32 on the CPU; or with an adapter to train.
 
     Args:
         start: a checkpoint of any kind (see `open_checkpoint`) with its weights, loaded strictly and held once; None =
@@ -49,12 +50,15 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> PixAr
         ConfigError: unknown model name, or sizes that do not divide.
         CheckpointError: nothing to read, or every weight that does not fit, listed.
     """
+    start = start or base_of_adapter(config)
     with torch.device("meta") if start is not None else contextlib.nullcontext():
         model = build_model(config.model, **model_options(config))
     if start is not None:
         _load_starting_weights(model, start)
     model.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
     model.use_fp32_attention(config.fp32_attention)
+    if config.lora is not None:
+        adapt(model, config)
     return model
 
 
@@ -129,4 +133,5 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         min_snr_gamma=process.min_snr_gamma,
         learn_variance=config.learn_sigma,
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
+        noise_offset=process.noise_offset,
     )

@@ -122,8 +122,15 @@ def blend(average: Mapping[str, Tensor], current: Mapping[str, Tensor], weight: 
         average[key].copy_(current[key])
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters and buffers, or where some parameters are frozen the others alone."""
+    state: dict[str, Tensor] = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return state if len(trained) == len(list(model.parameters())) else {name: state[name] for name in trained}
+
+
 class WeightAverage:
-    """Exponential moving average of parameters and buffers, in float32: avg <- rate * avg + (1 - rate) * value.
+    """Exponential moving average of `trained_state`, in float32: avg <- rate * avg + (1 - rate) * value.
 
     Buffers that are not floating point are copied. Early in a run the rate is min(rate, (1 + n) / (10 + n)) after
     n updates, so that the average forgets its start.
@@ -132,13 +139,13 @@ class WeightAverage:
     def __init__(self, model: nn.Module, rate: float) -> None:
         self.rate = rate
         self.num_updates = 0
-        self.tensors = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+        self.tensors = {key: tensor.detach().clone() for key, tensor in trained_state(model).items()}
 
     def update(self, model: nn.Module) -> None:
         """Fold in the current weights."""
         self.num_updates += 1
         rate = min(self.rate, (1 + self.num_updates) / (10 + self.num_updates))
-        blend(self.tensors, model.state_dict(), 1 - rate)
+        blend(self.tensors, trained_state(model), 1 - rate)
 
     @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor], num_updates: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from diffusion import __version__
-from diffusion.checkpoints import load_weights, read_transformer, save_transformer
 from diffusion.checkpoints.training_state import FORMAT_VERSION, save_checkpoint, verify
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArt
 from diffusion.training import posthoc_snapshots
-from diffusion.training.optimization import WeightAverage
+from diffusion.training.optimization import WeightAverage, trained_state
 from diffusion.training.posthoc_snapshots import PosthocAverages
+from diffusion.training.saved_weights import AdapterWeights, TransformerWeights
 
 TRAINER_FILE = "trainer.json"
 
@@ -39,6 +39,7 @@ class RunState:
     average: WeightAverage | None
     posthoc: PosthocAverages | None = None
     step: int = 0
+    saved: TransformerWeights | AdapterWeights = field(default_factory=TransformerWeights)
 
     def finish_step(self) -> None:
         """Count an optimiser step and fold its weights into the averages."""
@@ -56,14 +57,14 @@ class RunState:
         Raises:
             StorageError, OSError: the disk is full or failing; nothing is left behind.
         """
-        weights = sum(tensor.nbytes for tensor in self.network.state_dict().values())
+        weights = sum(tensor.nbytes for tensor in trained_state(self.network).values())
         posthoc = 0 if self.posthoc is None else self.posthoc.nbytes
 
         def write(folder: Path) -> None:
-            save_transformer(self.network, folder / "transformer", stored_null_caption=stored_null_caption)
+            self.saved.write(self.network, folder, averaged=False, stored_null_caption=stored_null_caption)
             if self.average is not None:
                 with averaged_weights(self.network, self.average):
-                    save_transformer(self.network, folder / "transformer_ema", stored_null_caption=stored_null_caption)
+                    self.saved.write(self.network, folder, averaged=True, stored_null_caption=stored_null_caption)
             if self.posthoc is not None:
                 self.posthoc.write(folder / posthoc_snapshots.FOLDER, self.step, torch.float32)
             with warnings.catch_warnings():
@@ -99,13 +100,12 @@ class RunState:
         content = json.loads((folder / TRAINER_FILE).read_text())
         if load_ema and content["ema_updates"] is None:
             raise CheckpointError(f"{folder} has no EMA weights; set resume_from.load_ema=False")
-        _, weights = read_transformer(folder, ema=load_ema)
-        load_weights(self.network, weights, folder)
         if self.average is not None:
             if content["ema_updates"] is None:
                 raise CheckpointError(f"{folder} has no EMA weights; set ema_rate=None to resume without them")
-            _, averaged = read_transformer(folder / "transformer_ema")
-            self.average.load(averaged, content["ema_updates"])
+            self.saved.read(self.network, folder, averaged=True)
+            self.average.load(trained_state(self.network), content["ema_updates"])
+        self.saved.read(self.network, folder, averaged=load_ema)
         if self.posthoc is not None:
             self.posthoc.read(folder / posthoc_snapshots.FOLDER, content["step"])
         if resume_optimizer:
@@ -129,9 +129,9 @@ class averaged_weights:
         self.network, self.average = network, average
 
     def __enter__(self) -> PixArt:
-        self.raw = {key: tensor.detach().clone() for key, tensor in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average.tensors)
+        self.raw = {key: tensor.detach().clone() for key, tensor in trained_state(self.network).items()}
+        self.network.load_state_dict(self.average.tensors, strict=False)
         return self.network
 
     def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.raw)
+        self.network.load_state_dict(self.raw, strict=False)

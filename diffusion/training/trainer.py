@@ -24,10 +24,12 @@ from diffusion.models import PixArt
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
 from diffusion.training.building import build_network, build_training_data
+from diffusion.training.finishing import finish_run
 from diffusion.training.first_batch import first_batch_sheet
 from diffusion.training.optimization import WeightAverage, build_optimizer, global_norm, lr_factor, scaled_learning_rate
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
+from diffusion.training.saved_weights import saved_weights
 from diffusion.training.saving import Saver, falls_on
 from diffusion.training.state import RunState, averaged_weights
 from diffusion.training.validation import PromptGrid, ValidationLoss
@@ -144,6 +146,7 @@ class Trainer:
             scaler=torch.amp.GradScaler(self.ranks.device.type, enabled=use_scaler),
             average=WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None,
             posthoc=PosthocAverages(network, posthoc.sigma_rels) if posthoc is not None else None,
+            saved=saved_weights(config),
         )
 
     def _restore(self, folder: Path) -> None:
@@ -364,6 +367,7 @@ class Trainer:
     def _close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
+            finish_run(self.work_dir, self.config, self.state)
             LOGGER.info("done: %d steps; results in %s", self.state.step, self.work_dir)
         if self.ranks.is_main:
             self.lock.release()

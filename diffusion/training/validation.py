@@ -32,7 +32,7 @@ class ValidationLoss:
     def __init__(self, config: TrainConfig, objective: DenoisingObjective, ranks: Ranks) -> None:
         self.ranks, self.seed = ranks, config.validation.seed
         # Uniform timesteps, whatever training draws: losses of runs that differ in it stay comparable.
-        self.objective = replace(objective, class_dropout_prob=0.0, logit_normal=None)
+        self.objective = replace(objective, class_dropout_prob=0.0, logit_normal=None, noise_offset=0.0)
         dataset = build_training_data(config, split=config.validation.split)
         count = min(config.validation.num_samples, len(dataset))
         groups: dict[object, list[int]] = {}
@@ -75,7 +75,14 @@ class PromptGrid:
         self.image_size = config.image_size
         self.null_caption = config.null_caption
         folder = config.pipeline_load_from  # it may lack a transformer: this run may be making the first
-        encoder = CaptionEncoder.from_pretrained(folder, device=device, max_length=config.model_max_length)
+        # Beside a network that trains, T5-XXL in float32 would not fit on most cards.
+        encoder = CaptionEncoder.from_pretrained(
+            folder,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            max_length=config.model_max_length,
+            int8=config.lora is not None and config.lora.base_dtype == "int8",
+        )
         vae, scheduler = load_vae(folder, device=device), load_scheduler(folder)
         if not math.isclose(vae.config.scaling_factor, config.scale_factor, rel_tol=1e-4):
             raise ConfigError(

@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "features": {"text", "images"},
     "data": {"process", "features", "images"},
     "checkpoints": {"models"},
-    "inference": {"models", "process", "text", "images", "checkpoints"},
+    "adapters": {"models", "text", "checkpoints"},
+    "inference": {"models", "process", "text", "images", "checkpoints", "adapters"},
     "evaluation": {"models", "process", "text", "images", "features", "checkpoints", "inference"},
     "training": {
-        "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "inference",
-        "evaluation",
+        "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "adapters",
+        "inference", "evaluation",
     },
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))

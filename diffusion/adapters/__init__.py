@@ -1,0 +1,55 @@
+"""LoRA and DoRA: in a network through peft, in files of any layout, merged into weights."""
+
+from diffusion.adapters.factors import Adapter, Factors, layer_weights, relative_norms, require_base
+from diffusion.adapters.files import (
+    COMFYUI_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+    LAYOUTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    read_adapter,
+    write_adapter,
+    write_layout,
+)
+from diffusion.adapters.injection import (
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    is_merged,
+    merge,
+    quantize_base,
+    read_adapter_from,
+    remove_adapters,
+    set_scales,
+    start_lora,
+    unmerge,
+    write_factors,
+)
+
+__all__ = [
+    "COMFYUI_WEIGHTS",
+    "DIFFUSERS_WEIGHTS",
+    "LAYOUTS",
+    "PEFT_CONFIG",
+    "PEFT_WEIGHTS",
+    "Adapter",
+    "Factors",
+    "adapter_names",
+    "adapter_parameters",
+    "add_adapter",
+    "is_merged",
+    "layer_weights",
+    "merge",
+    "quantize_base",
+    "read_adapter",
+    "read_adapter_from",
+    "relative_norms",
+    "remove_adapters",
+    "require_base",
+    "set_scales",
+    "start_lora",
+    "unmerge",
+    "write_adapter",
+    "write_factors",
+    "write_layout",
+]
