@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from finetuning import add_arguments, drawn, ensure_store, labels_of, open_pipeline, rows_of, train
 from report import write_report
 
-from diffusion.adapters import merge_lora, save_lora
+from diffusion.adapters import merge, read_adapter_from, remove_adapters, write_adapter
 from diffusion.errors import run_cli
 from diffusion.evaluation.drawing import DrawingSettings
 from diffusion.evaluation.retrieval import load_gallery
@@ -63,8 +64,11 @@ def main() -> None:
         seconds[name] = round(time.perf_counter() - begun, 1)
         network = work_dir / "checkpoints" / f"checkpoint-{steps}"
         if isinstance(family, LCMLoRA):
-            save_lora(trainer.state.network, args.lora, dtype=torch.float16, base="output/pretrained_models/emoji-256")
-            network = merge_lora(trainer.state.network)
+            network = trainer.state.network
+            adapter = replace(read_adapter_from(network), base_model="output/pretrained_models/emoji-256")
+            write_adapter(adapter, args.lora, dtype=torch.float16)
+            merge(network, ["default"])
+            remove_adapters(network)
         pipeline = open_pipeline(network, "lcm")
         result[name] = {}
         for count in STEPS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,51 @@ def test_finetune_controlnet(tmp_path: Path) -> None:
     result = finetune("finetune_controlnet", tmp_path, *places)
     assert result["bars"]["strength 0 is the base bit for bit"] is True
     assert 0 <= result["moved edges"]["f1_of_base"] <= 1
+
+
+@pytest.fixture(scope="module")
+def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the bundled pictures: every 150th, and the first subject of the DreamBooth benchmark."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = [json.loads(line) for line in (ROOT / "data/emoji/metadata.jsonl").read_text().splitlines()]
+    subject = next(row for row in rows if row["concept"] == "dog face")
+    chosen = [*rows[::150], subject, *(row for row in rows[40:] if row["group"] == subject["group"])][:32]
+    (folder / "images").mkdir()
+    unique = {row["file_name"]: row for row in [*chosen[:30], subject, chosen[-1]]}
+    for name in unique:
+        shutil.copy(ROOT / "data/emoji" / name, folder / name)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
+    return folder
+
+
+def run_proof(name: str, data: Path, folder: Path) -> dict:  # type: ignore[type-arg]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"benchmarks/{name}.py", "--tiny", "--data", data, "--output", folder / "result.json"]
+    command += ["--grid", folder / "grid.png"]
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "grid.png").stat().st_size > 1000
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_lora_proof(few_pictures: Path, tmp_path: Path) -> None:
+    result = run_proof("finetune_lora", few_pictures, tmp_path)
+    assert result["concepts"] == 4
+    assert result["adapter_file_mb"] < 2
+    assert result["paired_distance_lora"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dreambooth_proof(few_pictures: Path, tmp_path: Path) -> None:
+    result = run_proof("finetune_dreambooth", few_pictures, tmp_path)
+    assert [row["prior_preservation"] for row in result["rows"]] == [True, False]
+
+
+@pytest.mark.slow
+def test_finetuning(tmp_path: Path) -> None:
+    run("benchmarks/bench_finetuning.py", "--tiny", "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["full", "lora", "dora", "lora int8 base"]
+    assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"]

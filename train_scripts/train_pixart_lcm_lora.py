@@ -1,7 +1,7 @@
 """Distil a model into a LoRA that makes it draw in 1 to 8 steps without guidance (LCM-LoRA).
 
 The base, which is the teacher too, is what --load-from or the config's load_from names, in resumed runs too. A
-checkpoint opens with peft, and holds transformer_lora/pytorch_lora_weights.safetensors.
+checkpoint opens with peft, and holds the files of diffusers and ComfyUI too.
 """
 
 from __future__ import annotations

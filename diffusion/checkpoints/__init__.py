@@ -8,6 +8,7 @@ from diffusion.checkpoints.keys import (
     config_from_diffusers,
     config_to_diffusers,
     diffusers_to_native,
+    module_names,
     native_to_diffusers,
 )
 from diffusion.checkpoints.opening import (
@@ -49,6 +50,7 @@ __all__ = [
     "load_transformer",
     "load_weights",
     "materialize_buffers",
+    "module_names",
     "native_to_diffusers",
     "new_folder",
     "open_checkpoint",

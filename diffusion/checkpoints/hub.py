@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusion.errors import CheckpointError, StorageError
 
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+CLIENT_LIBRARIES = (*_HTTP_LIBRARIES, "huggingface_hub")
 _ID = re.compile(r"^([\w][\w.-]*/[\w][\w.-]*)(?:/(.+))?$")
 
 

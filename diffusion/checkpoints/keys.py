@@ -69,6 +69,22 @@ def _template(key: str) -> tuple[str, str]:
     return (f"{match[1]}.{{i}}.{match[3]}", match[2]) if match else (key, "")
 
 
+def module_names(depth: int) -> dict[str, str]:
+    """Native name -> diffusers name of every layer with a weight, for `depth` blocks.
+
+    Parts of a fused projection have names of their own, as `blocks.0.attn.qkv.to_q`.
+    """
+    names: dict[str, str] = {}
+    for index in range(depth):
+        for native, diffusers in _RENAMED.items():
+            names.setdefault(native.replace("{i}", str(index)), diffusers.replace("{i}", str(index)))
+        for native, parts in _FUSED.items():
+            for part in parts:
+                name = f"{native}.{part.rpartition('.')[2]}"
+                names[name.replace("{i}", str(index))] = part.replace("{i}", str(index))
+    return names
+
+
 def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the keys of diffusers' PixArtTransformer2DModel; those without a place in it are left out.
 

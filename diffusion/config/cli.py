@@ -41,6 +41,14 @@ class _LocalRank(argparse.Action):
         setattr(namespace, self.dest, int(os.environ.get("LOCAL_RANK") or values))
 
 
+def add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that upload a finished run; see `diffusion.training.publishing`."""
+    add = parser.add_argument
+    add("--push_to_hub", action="store_true", help="upload the result with its card at the end")
+    add("--hub_model_id", help="repository to upload to; when absent the run folder's name, in your account")
+    add("--hub_token", help="a token that may write; better: `hf auth login`, as others see arguments")
+
+
 def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.ArgumentParser:
     """The parser of a training script; scripts add their own flags to it.
 
@@ -99,6 +107,7 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.A
         default=int(os.environ.get("LOCAL_RANK") or -1),
         help="process number on this machine, set by launchers; the variable LOCAL_RANK wins; -1 = single process",
     )
+    add_hub_flags(parser)
     add("--debug", action=_Debug, nargs=0, default=False, help="show tracebacks of errors; training is not changed")
     return parser
 

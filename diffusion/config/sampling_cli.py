@@ -56,6 +56,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--pipeline_load_from", default=BUNDLED, help="tokenizer, T5 and VAE for a model that has none")
     add("--t5_path", help="folder of T5 with its tokenizer, in place of the pipeline's")
     add("--tokenizer_path", help="folder of the VAE (the original's name for it), in place of the pipeline's")
+    add("--lora", action="append", default=[], metavar="ADAPTER", help="LoRA folder, file or hub id; repeat for more")
+    add("--lora_scale", type=float, action="append", default=[], help="strength of each --lora, or of all; absent = 1")
     add("--ema", action="store_true", help="use the averaged weights of a checkpoint")
     add("--memory", default="auto", help=MEMORY_HELP)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of T5 and transformer")

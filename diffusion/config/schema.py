@@ -14,6 +14,7 @@ from typing_extensions import Self
 from diffusion.config.schema_data import DataConfig
 from diffusion.config.schema_families import FamilyFields
 from diffusion.config.schema_levers import LeverFields, check_levers
+from diffusion.config.schema_lora import LoraConfig
 from diffusion.config.schema_parallel import (
     ELEMENTWISE_OPTIMIZERS,
     GradCheckpointingArgs,
@@ -159,6 +160,9 @@ class OptimisationFields(Section):
     posthoc_ema: PosthocEmaConfig | None = Field(
         default=None, description="Snapshots from which an average of any length is made after training; None = none."
     )
+    lora: LoraConfig | None = Field(
+        default=None, description="Train an adapter on the frozen weights of load_from; None = train the network."
+    )
     seed: int = Field(default=43, ge=0, description="Every random draw of the run is a function of this seed.")
 
 
@@ -211,6 +215,8 @@ class TrainConfig(RunFields, OptimisationFields, LeverFields, ModelFields, DataF
             self.kv_compress_config.sampling is None or not self.kv_compress_config.kv_compress_layer
         ):
             raise rule_error("kv_compress_config", "must set sampling and kv_compress_layer when kv_compress is True")
+        if self.lora is not None and self.posthoc_ema is not None:
+            raise rule_error("posthoc_ema", "averages whole networks; set ema_rate for an average of the adapter")
         if self.w_min > self.w_max:
             raise rule_error("w_min", f"must not exceed w_max={self.w_max!r}")
         check_levers(self)

@@ -21,7 +21,7 @@ KEYS_READ_BY_TYPE: dict[str, frozenset[str]] = {
     "InternalData": _INTERNAL,
     "InternalDataMS": _INTERNAL,
     "InternalDataHed": _INTERNAL,
-    "DreamBooth": frozenset({"prompt", "transform"}),
+    "DreamBooth": frozenset({"prompt", "transform", "token", "class_prompt", "num_class_images", "prior_weight"}),
 }
 
 
@@ -68,6 +68,16 @@ class DataConfig(Section):
     )
     load_t5_feat: bool = Field(default=True, description="Read stored caption embeddings (True) or encode captions.")
     prompt: Strings = Field(default=(), description="DreamBooth: the caption of all pictures, as a list of one string.")
+    token: str | None = Field(
+        default=None, description="DreamBooth: the word of the prompt that names the subject, as 'sks'."
+    )
+    class_prompt: str | None = Field(
+        default=None, description="DreamBooth: what the subject is one of; pictures of it are drawn and learned too."
+    )
+    num_class_images: int = Field(default=100, gt=0, description="DreamBooth: pictures of the class that are drawn.")
+    prior_weight: float = Field(
+        default=1.0, gt=0, description="DreamBooth: pictures of the class drawn for each picture of the subject."
+    )
 
     @model_validator(mode="after")
     def _mix_is_possible(self) -> Self:

@@ -112,6 +112,9 @@ class ProcessConfig(Section):
     min_snr_gamma: float | None = Field(
         default=None, gt=0, description="Cap of the min-SNR loss weight (usually 5); None = no weighting."
     )
+    noise_offset: float = Field(
+        default=0.0, ge=0, description="Size of added noise that is constant over a latent channel."
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = Field(
         default="uniform", description="Density of the training timesteps; validation always draws uniformly."
     )

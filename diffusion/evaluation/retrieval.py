@@ -7,7 +7,8 @@ picture. Legend: Q queries, G pictures of the gallery.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,9 +74,11 @@ class Gallery:
         return colour + _squared_distances(edge_features(pixels) / self.scales[1], self.edges), colour
 
 
-def load_gallery(folder: str | Path) -> Gallery:
+def load_gallery(folder: str | Path, transform: Callable[[Image.Image], Image.Image] | None = None) -> Gallery:
     """Read every picture of an ImageFolder such as data/emoji.
 
+    Args:
+        transform: what the pictures become before they are compared; None = they stay.
     Raises:
         DataError: no such folder, an unreadable picture, or pictures without `concept` and `duplicate_group`.
     """
@@ -85,9 +88,14 @@ def load_gallery(folder: str | Path) -> Gallery:
         if lacking:
             raise DataError(f"{sample.key}: its row in metadata.jsonl has no {' and no '.join(lacking)}")
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, len(samples), _CHUNK):
-        pixels = to_pixels([sample.decode() for sample in samples[start : start + _CHUNK]])
-        parts.append((colour_features(pixels), edge_features(pixels), fine_detail_energy(pixels)))
+
+    def picture(sample: Sample) -> Image.Image:
+        return sample.decode() if transform is None else transform(sample.decode())
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(samples), _CHUNK):
+            pixels = to_pixels(list(pool.map(picture, samples[start : start + _CHUNK])))
+            parts.append((colour_features(pixels), edge_features(pixels), fine_detail_energy(pixels)))
     colour, edges, detail = (torch.cat(block) for block in zip(*parts))
     scales = (_mean_square_distance(colour) ** 0.5, _mean_square_distance(edges) ** 0.5)
     return Gallery(samples, colour / scales[0], edges / scales[1], scales, detail)

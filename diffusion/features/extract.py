@@ -57,7 +57,9 @@ class Encoders:
     def load_text(self, device: torch.device, settings: ExtractionSettings) -> CaptionEncoder:
         """Raises CheckpointError."""
         dtype = compute_dtype(device, settings)
-        return CaptionEncoder.from_pretrained(self.text, device=device, dtype=dtype, max_length=settings.max_length)
+        return CaptionEncoder.from_pretrained(
+            self.text, device=device, dtype=dtype, max_length=settings.max_length, int8=settings.int8_text
+        )
 
     def load_vae(self, device: torch.device, settings: ExtractionSettings) -> Any:
         """Raises CheckpointError."""
@@ -84,6 +86,7 @@ class Encoders:
             "max_length": settings.max_length,
             **settings.bucket_fingerprint(),
             **condition_fingerprint(settings.condition, settings.hed_path),
+            **({"int8_text": True} if settings.int8_text else {}),
         }
 
 
@@ -92,7 +95,7 @@ def compute_dtype(device: torch.device, settings: ExtractionSettings) -> torch.d
 
 
 def extract_folder(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     pretrained: str | Path,
     settings: ExtractionSettings,
@@ -105,6 +108,7 @@ def extract_folder(
     prune: bool = False,
     dataset_root: str | Path | None = None,
     engine: Literal["local", "ray"] = "local",
+    ranks: Ranks | None = None,
 ) -> dict[str, int]:
     """Extract features of captioned pictures; call it again after an interruption, or when pictures were added.
 
@@ -112,9 +116,11 @@ def extract_folder(
     pictures or captions that have changed are made anew.
 
     Args:
-        source, splits, dataset_root: see `open_source`; out: the store's folder; pretrained: see `Encoders.find`.
+        source, splits, dataset_root: see `open_source`, or what it returned.
+        out: the store's folder; pretrained: see `Encoders.find`.
         limit: evenly spaced subset of at most this many pictures.
         max_rejected: largest share of unusable pictures; one is always allowed.
+        ranks: the caller's processes, which stay open; None = those of the environment.
         prune: take rows out of the store whose pictures the source no longer has; else they are an error.
     Returns:
         counts: pictures, new, changed, pruned, rejected, captions_cut, enlarged (the last two of this extraction);
@@ -125,9 +131,10 @@ def extract_folder(
     """
     if settings.dtype not in DTYPES:
         raise ConfigError(f"--dtype {settings.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    ranks = Ranks(device if engine == "local" else "cpu")  # a cluster's devices are not this machine's
+    own = ranks is None
+    ranks = ranks or Ranks(device if engine == "local" else "cpu")  # a cluster's devices are not this machine's
     try:
-        found = open_source(source, splits, dataset_root=dataset_root)
+        found = source if isinstance(source, Source) else open_source(source, splits, dataset_root=dataset_root)
         samples = found.samples
         if limit is not None and limit < len(samples):
             samples = [samples[i * len(samples) // limit] for i in range(limit)]
@@ -143,7 +150,8 @@ def extract_folder(
         with RayEngine(job.encoders, settings, device) as cluster:
             return {**job.run(cluster, ranks, prune), "nodes": len(cluster.nodes)}
     finally:
-        ranks.close()
+        if own:
+            ranks.close()
 
 
 def _probe(samples: Sequence[Sample]) -> None:

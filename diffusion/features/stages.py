@@ -60,6 +60,7 @@ class ExtractionSettings:
         condition: of a ControlNet, encoded beside the picture: "canny", "hed", or a folder of pictures named and sized
             as the source's; None = none.
         hed_path: weights of the HED edge network.
+        int8_text: keep T5 in 8 bits, for cards that cannot hold it in 16.
     Raises:
         ConfigError: no bucket table of that name or size, or a choice of buckets without multi_scale.
     """
@@ -76,6 +77,7 @@ class ExtractionSettings:
     transposes: bool = False
     condition: str | None = None
     hed_path: Path = DEFAULT_HED
+    int8_text: bool = False
 
     def __post_init__(self) -> None:
         if self.multi_scale:

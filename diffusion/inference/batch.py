@@ -181,11 +181,13 @@ class _Job:
 def _facts(pipeline: PixArtPipeline, model: str, *, controlled: bool) -> dict[str, Any]:
     """What all recipes of a call say beside the request."""
     plan = pipeline.memory_plan
-    steering: dict[str, str] = {}
+    steering: dict[str, Any] = {}
     if controlled and pipeline.controlnet is not None:
         steering["controlnet_fingerprint"] = model_fingerprint(pipeline.controlnet.controlnet)  # its base is the model
     if controlled and pipeline.edge_detector is not None:
         steering["edge_detector_fingerprint"] = model_fingerprint(pipeline.edge_detector)
+    if pipeline.fused_loras:
+        steering["loras"] = list(pipeline.fused_loras)
     return {
         **steering,
         "model": model,

@@ -20,6 +20,7 @@ from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
 from diffusion.inference.folders import load_scheduler, pipeline_folder, save_pipeline
+from diffusion.inference.lora import LoraAdapters, require_plain
 from diffusion.inference.memory import (
     ENCODE_BATCH,
     MemoryPlan,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class PipelineParts(DiffusionPipeline):
+class PipelineParts(LoraAdapters, DiffusionPipeline):
     """Tokenizer, T5, VAE, native network and scheduler as a pipeline of diffusers, without the drawing.
 
     `controlnet` (or None) is a `ControlPixArt` around `transformer`, and shares its weights; `edge_detector` (or None)
@@ -60,6 +61,7 @@ class PipelineParts(DiffusionPipeline):
     edge_detector: HED | None
     null_caption = "t5_empty"
     clean_captions = False
+    fused_loras: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()  # of which recipes speak
     _residency: Residency | None = None
 
     def __init__(
@@ -132,6 +134,7 @@ class PipelineParts(DiffusionPipeline):
         self, folder: str | Path, dtype: torch.dtype | None = None
     ) -> None:
         """Write a new folder that stock diffusers opens; see `save_pipeline`. A ControlNet stays in its own file."""
+        require_plain(self.transformer, "the pipeline cannot be saved")
         if self.controlnet is not None:
             _logger.warning("the ControlNet is not written: diffusers has none for PixArt; keep its file")
         save_pipeline(self, folder, dtype)

@@ -17,6 +17,7 @@ from diffusion.devices import choose_device, choose_dtype
 from diffusion.errors import PromptError
 from diffusion.images import decode_image
 from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
+from diffusion.inference.lora import fuse_into
 from diffusion.inference.memory import ENCODE_BATCH, Workload, check_plan_name
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
@@ -124,6 +125,10 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
         torch_dtype=choose_dtype(args.dtype, choose_device(args.device)),
     )
     pipeline.set_progress_bar_config(disable=None, leave=False)
+    if args.lora_scale and not args.lora:
+        raise PromptError("--lora_scale is given without --lora; give the adapter")
+    if args.lora:
+        pipeline.fused_loras = fuse_into(pipeline, args.lora, args.lora_scale)
     return pipeline
 
 

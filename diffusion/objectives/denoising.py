@@ -112,6 +112,7 @@ class DenoisingObjective:
         min_snr_gamma: see `noise_mse`.
         learn_variance: train predicted variances by the bound; False leaves them as they are.
         logit_normal: density of the timesteps; None = uniform.
+        noise_offset: size of noise that is constant over a channel, added to the usual.
         routing, alignment: levers of training; None = off.
     """
 
@@ -123,6 +124,7 @@ class DenoisingObjective:
     min_snr_gamma: float | None = None
     learn_variance: bool = True
     logit_normal: LogitNormal | None = None
+    noise_offset: float = 0.0
     routing: Routing | None = None
     alignment: Alignment | None = None
 
@@ -133,6 +135,8 @@ class DenoisingObjective:
         latents = self.sample(batch.latents_mean, batch.latents_std, numbers, seed, "posterior")
         timesteps = self.draw_timesteps(seed, numbers)
         noise = keyed_normal(seed, "noise", numbers, shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * keyed_normal(seed, "noise_offset", numbers, (shape[0], 1, 1))
         drop = keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         watch = watch_blocks(unwrap(model), batch, seed, self.routing, self.alignment)
         denoise = self.denoiser(model, batch, drop, watch, **self.further_inputs(batch, seed))
@@ -172,7 +176,8 @@ class DenoisingObjective:
 
     def for_validation(self) -> DenoisingObjective:
         """The same loss without caption dropout and with uniform timesteps, so that runs can be compared."""
-        return replace(self, class_dropout_prob=0.0, logit_normal=None, routing=None, alignment=None)
+        off: dict[str, Any] = {"logit_normal": None, "noise_offset": 0.0, "routing": None, "alignment": None}
+        return replace(self, class_dropout_prob=0.0, **off)
 
     def terms(
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor

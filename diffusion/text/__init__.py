@@ -2,12 +2,15 @@
 
 from diffusion.text.cleaning import CLEANER_VERSION, MAX_CAPTION_CHARS, clean_caption
 from diffusion.text.encoder import CaptionEncoder, make_float16_safe, text_folders
+from diffusion.text.int8 import Int8Linear, quantize_linears
 
 __all__ = [
     "CLEANER_VERSION",
     "MAX_CAPTION_CHARS",
     "CaptionEncoder",
+    "Int8Linear",
     "clean_caption",
     "make_float16_safe",
+    "quantize_linears",
     "text_folders",
 ]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.errors import CheckpointError
+from diffusion.text.int8 import quantize_linears
 
 
 class CaptionEncoder:
@@ -53,10 +54,12 @@ class CaptionEncoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         max_length: int = 120,
+        int8: bool = False,
     ) -> CaptionEncoder:
         """Load from a diffusers pipeline folder (`tokenizer/` and `text_encoder/`) or from a plain T5 folder.
 
-        Only local files are read. In float16 some layers stay in float32, see `make_float16_safe`.
+        Only local files are read. With int8 the linear layers take one byte a weight.
+        In float16 some layers stay in float32, see `make_float16_safe`.
         Raises CheckpointError when a part is missing or unreadable.
         """
         from transformers import AutoTokenizer, T5EncoderModel
@@ -76,6 +79,8 @@ class CaptionEncoder:
             # transformers would go on with random weights in their place.
             missing = sorted(loading["missing_keys"])
             raise CheckpointError(f"{encoder_folder}: {len(missing)} weights are missing, the first {missing[0]!r}")
+        if int8:
+            quantize_linears(make_float16_safe(model), device)
         return cls(tokenizer, make_float16_safe(model).to(device), max_length=max_length)
 
     @staticmethod

@@ -15,6 +15,7 @@ from diffusion.models import KVCompression, is_class_conditional
 from diffusion.objectives import DenoisingObjective
 from diffusion.process import IDDPM, LogitNormal
 from diffusion.training.levers import alignment_head, objective_kind, prepare_for_levers
+from diffusion.training.lora import adapt, base_of_adapter
 from diffusion.training.starting import new_network, started_network
 
 
@@ -56,7 +57,7 @@ def dit_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_network(config: TrainConfig, start: str | Path | None = None) -> Any:
-    """A network with the config's precision and memory options, in float32 on the CPU.
+    """A network with the config's precision and memory options, in float32 on the CPU; or with an adapter to train.
 
     Args:
         start: a checkpoint of any kind, see `started_network`; None = initial weights from torch's global generator.
@@ -66,6 +67,7 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> Any:
         ConfigError: unknown model name, or sizes that do not divide.
         CheckpointError: nothing to read, or every weight that does not fit, listed.
     """
+    start = start or base_of_adapter(config)
     options, head = model_options(config), alignment_head(config)
     if start is None:
         model = new_network(config.model, options, head)
@@ -75,6 +77,8 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> Any:
     every = recomputing.every if config.grad_checkpointing else 0
     model.enable_gradient_checkpointing(every, selective=recomputing.policy == "selective")
     model.use_fp32_attention(config.fp32_attention)
+    if config.lora is not None:
+        adapt(model, config)
     return model
 
 
@@ -139,5 +143,6 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         min_snr_gamma=process.min_snr_gamma,
         learn_variance=config.learn_sigma,
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
+        noise_offset=process.noise_offset,
         **options,
     )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints import load_branch, read_branch, write_branch
-from diffusion.checkpoints.branch import BRANCH_FOLDER, find_branch
+from diffusion.checkpoints import load_branch, read_branch
+from diffusion.checkpoints.branch import BRANCH_FOLDER, find_branch, write_branch
 from diffusion.config import TrainConfig
 from diffusion.data import SampleKey
 from diffusion.errors import CheckpointError, ConfigError

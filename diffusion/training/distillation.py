@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion.adapters import add_lora, load_lora_tensors, read_lora, save_lora, without_lora
+from diffusion.adapters import (
+    adapters_off,
+    read_adapter,
+    read_adapter_from,
+    start_lora,
+    write_adapter,
+    write_factors,
+)
 from diffusion.checkpoints import open_checkpoint
 from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, ConfigError
@@ -97,11 +105,12 @@ class LCM(OnABase):
 class LCMLoRA(LCM):
     """Adapters of rank `lora_rank` are the student; without them the same network is the teacher.
 
-    The target is the student itself, without gradients. A checkpoint holds the adapters alone, see `save_lora`.
+    The target is the student itself, without gradients. A checkpoint holds the adapters alone, in all layouts.
     """
 
     def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
-        network = add_lora(self._build_teacher(config, start), config.lora_rank)
+        network = self._build_teacher(config, start)
+        start_lora(network, config.lora_rank, alpha=config.lora_rank)
         self.base = str(start)
         return network
 
@@ -110,13 +119,12 @@ class LCMLoRA(LCM):
 
     def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
         assert isinstance(objective, ConsistencyObjective)
-        objective.roles = Roles(state.network, state.network, partial(without_lora, state.network))
+        objective.roles = Roles(state.network, state.network, partial(adapters_off, state.network))
 
-    def save(self, network: Any, folder: Path, *, ema: bool, stored_null_caption: bool) -> None:
-        save_lora(network, folder, base=self.base)
+    def write(
+        self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
+    ) -> None:
+        write_adapter(replace(read_adapter_from(network, values=tensors), base_model=self.base), folder)
 
-    def read(self, folder: Path, *, ema: bool) -> dict[str, Tensor]:
-        return read_lora(folder)
-
-    def load(self, network: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-        load_lora_tensors(network, tensors, folder)
+    def restore(self, network: Any, folder: Path, *, ema: bool) -> None:
+        write_factors(network, read_adapter(folder))

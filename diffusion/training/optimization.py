@@ -159,7 +159,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class WeightAverage:
-    """Exponential moving average of parameters and buffers, in float32: avg <- rate * avg + (1 - rate) * value.
+    """Exponential moving average of `trained_state`, in float32: avg <- rate * avg + (1 - rate) * value.
 
     Buffers that are not floating point are copied; of a sharded network each process averages its shards. Early in a
     run the rate is min(rate, (1 + n) / (10 + n)) after n updates, so that the average forgets its start; warm_up False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from diffusion.config import config_overrides, load_config
 from diffusion.models import model_names
 from diffusion.training.family import Family
+from diffusion.training.publishing import publish_if_asked, require_account_if_asked
 from diffusion.training.trainer import Reporting, Trainer
 
 
@@ -20,6 +21,7 @@ def train(args: argparse.Namespace, family: Family, overrides: Sequence[str] = (
         PixArtError: see `load_config` and `Trainer`.
     """
     config = load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names})
+    require_account_if_asked(args)
     trainer = Trainer(
         config,
         family.objective,
@@ -31,3 +33,4 @@ def train(args: argparse.Namespace, family: Family, overrides: Sequence[str] = (
         family=family,
     )
     trainer.fit()
+    publish_if_asked(args, trainer.work_dir, is_main=trainer.ranks.is_main)

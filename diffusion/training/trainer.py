@@ -18,11 +18,13 @@ from diffusion.errors import ConfigError, PreemptedError
 from diffusion.files import write_atomically
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
+from diffusion.training.adapter_family import family_of
 from diffusion.training.building import build_training_data
 from diffusion.training.continuity import check_config, check_data, data_identity
 from diffusion.training.equality import require_equal
 from diffusion.training.family import Family
 from diffusion.training.faults import Faults
+from diffusion.training.finishing import finish_run
 from diffusion.training.first_batch import first_batch_sheet
 from diffusion.training.health import Health, Stragglers, explained_out_of_memory
 from diffusion.training.optimization import (
@@ -66,7 +68,7 @@ class Trainer:
         resume_from: a checkpoint folder or "latest"; None starts anew.
         load_from: starting weights of a new run; overrides the config.
         allow_config_change: resume although config or data changed in a way that changes the training.
-        family: None = base training.
+        family: None = base training, or an adapter if the config asks for one.
     Raises:
         PixArtError: anything the user can mend, before the first step.
     """
@@ -84,7 +86,7 @@ class Trainer:
         ranks: Ranks | None = None,
         family: Family | None = None,
     ) -> None:
-        self.config, self.reporting, self.family = config, reporting or Reporting(), family or Family()
+        self.config, self.reporting, self.family = config, reporting or Reporting(), family or family_of(config)
         self.ranks = ranks or Ranks()
         self.work_dir = Path(work_dir)
         self.checkpoints = self.work_dir / CHECKPOINTS
@@ -429,6 +431,7 @@ class Trainer:
         step, end = self.state.step, f"after step {self.state.step} of {self.total_steps}; go on with: "
         end += resume_command(self.ranks)
         if step == self.total_steps:
+            self.ranks.on_main(lambda: finish_run(self.work_dir, self.config, self.state))
             LOGGER.info("done: %d steps; results in %s", step, self.work_dir)
         elif request is Request.INTERRUPT:
             LOGGER.info("stopped by Ctrl-C and saved %s", end)

@@ -74,7 +74,14 @@ class PromptGrid:
         self.image_size = config.image_size
         self.null_caption = config.null_caption
         folder = config.pipeline_load_from  # it may lack a transformer: this run may be making the first
-        encoder = CaptionEncoder.from_pretrained(folder, device=device, max_length=config.model_max_length)
+        # Beside a network that trains, T5-XXL in float32 would not fit on most cards.
+        encoder = CaptionEncoder.from_pretrained(
+            folder,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            max_length=config.model_max_length,
+            int8=config.lora is not None and config.lora.base_dtype == "int8",
+        )
         vae, scheduler = load_vae(folder, device=device), load_scheduler(folder, algorithm)
         scheduler = fitting_scheduler(scheduler, config.process.prediction_type, config.process.flow_shift)
         if not math.isclose(vae.config.scaling_factor, config.scale_factor, rel_tol=1e-4):

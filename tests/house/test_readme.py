@@ -20,6 +20,10 @@ SMALL_TRAINING = "train_batch_size=4 max_steps=1 num_workers=0 mixed_precision=n
 APPENDED: dict[str, str | None] = {
     "make": None,  # the continuous integration calls the targets themselves
     "pip install": None,  # would change the environment that runs this test; `make install` does the same
+    'python scripts/inference.py --prompt "red apple" --lora': None,  # with its LoRA, as all of "Fine-tune", in
+    "python train_scripts/train_pixart_lora_hf.py": None,  # tests/training/test_finetuning_commands.py
+    "python train_scripts/train_dreambooth.py": None,
+    "python train_scripts/train_diffusers.py": None,
     "python scripts/inference.py": "--step 2",
     "python scripts/infer_pixart_8_bits.py": "--step 2",
     "python tools/check_data.py": "",

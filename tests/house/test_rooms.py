@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "features": {"text", "images", "checkpoints"},
     "data": {"process", "features", "images"},
     "checkpoints": {"models"},
-    "adapters": {"models", "checkpoints"},
-    "inference": {"models", "process", "text", "images", "checkpoints"},
+    "adapters": {"models", "text", "checkpoints"},
+    "inference": {"models", "process", "text", "images", "checkpoints", "adapters"},
     "evaluation": {"models", "process", "text", "images", "features", "checkpoints", "inference"},
     "training": {
         "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "adapters",

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion.errors import DataError
 from diffusion.features.sources.sample import (
+    Columns,
     Maker,
     PictureFile,
     Sample,
@@ -46,9 +47,11 @@ def read_folder(root: str | Path, splits: Sequence[str] | None = None) -> list[S
     return source.samples
 
 
-def scan_folder(root: str | Path, splits: Sequence[str] | None = None) -> Source:
+def scan_folder(root: str | Path, splits: Sequence[str] | None = None, columns: Columns | None = None) -> Source:
     """Samples of a folder, and what is wrong with the rest.
 
+    Args:
+        columns: of the index; None = the usual ones.
     Raises:
         DataError: no such folder.
     """
@@ -60,7 +63,7 @@ def scan_folder(root: str | Path, splits: Sequence[str] | None = None) -> Source
     if index is None:
         return collect(str(root), "folder of pictures with .txt", [*clashes, *_sidecars(root, pictures)], splits)
     named: set[str] = set()
-    makers = [*clashes, *_metadata(index, pictures, named)]
+    makers = [*clashes, *_metadata(index, pictures, named, columns or Columns())]
     reason = f"{root}: picture {{!r}} has no caption: it is not listed in {index.name}; caption or remove it"
     unlisted = [(key, refuse(reason.format(key))) for key in sorted(pictures.keys() - named)]
     return collect(str(root), f"ImageFolder ({index.name})", [*makers, *unlisted], splits)
@@ -83,7 +86,7 @@ def find_pictures(root: Path) -> tuple[dict[str, Path], list[Maker]]:
     return found, clashes
 
 
-def _metadata(index: Path, pictures: dict[str, Path], named: set[str]) -> Iterator[Maker]:
+def _metadata(index: Path, pictures: dict[str, Path], named: set[str], columns: Columns) -> Iterator[Maker]:
     """Makers of the rows; keys that a row names, usable or not, go into `named`."""
     rows = _csv_rows(index) if index.suffix == ".csv" else json_lines(index)
     for place, row in rows:
@@ -91,15 +94,16 @@ def _metadata(index: Path, pictures: dict[str, Path], named: set[str]) -> Iterat
             yield place, refuse(row)
         else:
             named.add(normal_key(Path(row["file_name"]).as_posix()))
-            yield place, lambda place=place, row=row: _listed(index.parent, place, row, pictures)  # type: ignore[misc]
+            yield place, lambda place=place, row=row: _listed(index.parent, place, row, pictures, columns)  # type: ignore[misc]
 
 
-def _listed(root: Path, place: str, row: dict[str, Any], pictures: dict[str, Path]) -> Sample:
+def _listed(root: Path, place: str, row: dict[str, Any], pictures: dict[str, Path], columns: Columns) -> Sample:
     inside(root, row["file_name"], f"{place}: file_name")
     key = normal_key(Path(row["file_name"]).as_posix())
     if key not in pictures:
         raise DataError(f"{place}: picture {row['file_name']!r} does not exist in {root}")
-    return make_sample(place, key, PictureFile(pictures[key]), row, ignored=("file_name",))
+    chosen = columns.with_caption(row, place)
+    return make_sample(place, key, PictureFile(pictures[key]), chosen, ignored=("file_name",))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:

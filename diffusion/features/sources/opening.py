@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusion.errors import DataError
 from diffusion.features.sources.folder import METADATA, scan_folder
 from diffusion.features.sources.original import scan_json_lists, scan_sam
-from diffusion.features.sources.sample import Source
+from diffusion.features.sources.sample import Columns, Source
 from diffusion.features.sources.tables import HUB, scan_table
 from diffusion.features.sources.tars import scan_tars
 
@@ -20,7 +20,11 @@ _KNOWN = (
 
 
 def open_source(
-    place: str | Path, splits: Sequence[str] | None = None, *, dataset_root: str | Path | None = None
+    place: str | Path,
+    splits: Sequence[str] | None = None,
+    *,
+    dataset_root: str | Path | None = None,
+    columns: Columns | None = None,
 ) -> Source:
     """Everything that `place` names, in a fixed order; what is wrong is listed in `rejected` and raises nothing.
 
@@ -29,19 +33,25 @@ def open_source(
         splits: of an index column `split` or of a hub data set; None = all.
         dataset_root: folder that the paths of a JSON list are relative to; None = the list's own folder, or the one
             above `partition/`.
+        columns: of an ImageFolder or a table, those that are read; None = the usual ones.
     Raises:
         DataError: nothing there, in no known layout, or without a single usable sample.
     """
     text = str(place)
     if text.startswith(HUB):
-        source = scan_table(text, splits)
+        source = scan_table(text, splits, columns=columns)
     else:
         paths = [Path(name) for name in sorted(glob.glob(text))] if glob.has_magic(text) else [Path(text)]
         paths = [Path(text)] if Path(text).exists() else paths
         if not paths or not paths[0].exists():
             raise DataError(f"{text}: no such folder or file; give {_KNOWN}")
         is_folder = len(paths) == 1 and paths[0].is_dir()
-        source = _folder(paths[0], splits) if is_folder else _files(paths, splits, dataset_root)
+        if is_folder:
+            source = _folder(paths[0], splits, columns)
+        else:
+            source = _files(paths, splits, dataset_root, columns)
+        if columns is not None and columns.named and not source.kind.startswith(("ImageFolder", "table")):
+            raise DataError(f"{text} is a {source.kind} without columns; leave out {columns.named}")
     if not source.samples:
         where = f" in split {', '.join(splits)}" if splits else ""
         first = f"; {len(source.rejected)} rejected, the first: {source.rejected[0].reason}" if source.rejected else ""
@@ -49,9 +59,9 @@ def open_source(
     return source
 
 
-def _folder(root: Path, splits: Sequence[str] | None) -> Source:
+def _folder(root: Path, splits: Sequence[str] | None, columns: Columns | None) -> Source:
     if any((root / name).is_file() for name in METADATA):
-        return scan_folder(root, splits)
+        return scan_folder(root, splits, columns)
     lists = [path for name in ("partition", "partition_filter") for path in sorted((root / name).glob("*.json"))]
     if lists:
         return scan_json_lists(lists, root, splits)
@@ -61,22 +71,24 @@ def _folder(root: Path, splits: Sequence[str] | None) -> Source:
     if tars:
         return scan_tars(tars, splits)
     if list(root.glob("*.parquet")) or (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
-        return scan_table(str(root), splits)
+        return scan_table(str(root), splits, columns=columns)
     # A folder of the original's data set: its index beside the pictures.
     if (root / "data_info.json").is_file():
         return scan_json_lists([root / "data_info.json"], root, splits)
     return scan_folder(root, splits)
 
 
-def _files(paths: Sequence[Path], splits: Sequence[str] | None, dataset_root: str | Path | None) -> Source:
+def _files(
+    paths: Sequence[Path], splits: Sequence[str] | None, dataset_root: str | Path | None, columns: Columns | None
+) -> Source:
     above = paths[0].parent.parent if paths[0].parent.name in ("partition", "partition_filter") else paths[0].parent
     readers: dict[str, Callable[[], Source]] = {
         ".json": lambda: scan_json_lists(paths, Path(dataset_root) if dataset_root is not None else above, splits),
         ".txt": lambda: scan_sam(above, paths, splits),
         ".tar": lambda: scan_tars(paths, splits),
-        ".parquet": lambda: scan_table(str(paths[0]), splits, paths),
-        ".jsonl": lambda: scan_folder(paths[0].parent, splits),
-        ".csv": lambda: scan_folder(paths[0].parent, splits),
+        ".parquet": lambda: scan_table(str(paths[0]), splits, paths, columns=columns),
+        ".jsonl": lambda: scan_folder(paths[0].parent, splits, columns),
+        ".csv": lambda: scan_folder(paths[0].parent, splits, columns),
     }
     suffix = paths[0].suffix.lower()
     if suffix not in readers or any(path.suffix.lower() != suffix for path in paths):

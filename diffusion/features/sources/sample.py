@@ -80,6 +80,34 @@ class Sample:
         return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Columns of an index that are read in place of the usual ones: of the picture, and of its captions.
+
+    A caption cell is a text, or a list of texts of which one is drawn each time.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+
+    @property
+    def named(self) -> str:
+        """The choices made, for messages."""
+        return ", ".join(
+            f"{kind} column {name!r}" for kind, name in (("image", self.image), ("caption", self.caption)) if name
+        )
+
+    def with_caption(self, row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+        """The row with the chosen captions alone. Raises DataError: no such column; the others are listed."""
+        if self.caption is None:
+            return row
+        if self.caption not in row:
+            raise DataError(f"{place}: no caption column {self.caption!r}; the columns are {', '.join(row)}")
+        cell = row[self.caption]
+        rest = {name: value for name, value in row.items() if name not in (*CAPTION_COLUMNS, self.caption)}
+        return {**rest, "captions" if isinstance(cell, list) else "text": cell}
+
+
 Maker = tuple[str, Callable[[], Sample]]  # the name of a row, and the function that makes its sample
 
 

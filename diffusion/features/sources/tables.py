@@ -13,7 +13,16 @@ from typing import Any
 import xxhash
 
 from diffusion.errors import DataError
-from diffusion.features.sources.sample import CAPTION_COLUMNS, Maker, Sample, Source, collect, make_sample, normal_key
+from diffusion.features.sources.sample import (
+    CAPTION_COLUMNS,
+    Columns,
+    Maker,
+    Sample,
+    Source,
+    collect,
+    make_sample,
+    normal_key,
+)
 from diffusion.images import read_picture
 
 HUB = "hub:"
@@ -48,19 +57,29 @@ class PictureInTable:
             return "missing"
 
 
-def scan_table(place: str, splits: Sequence[str] | None = None, files: Sequence[Path] = ()) -> Source:
-    """Samples of `hub:OWNER/NAME`, of parquet `files`, of a folder of them, or of a saved `datasets` folder.
+def scan_table(
+    place: str,
+    splits: Sequence[str] | None = None,
+    files: Sequence[Path] = (),
+    *,
+    columns: Columns | None = None,
+) -> Source:
+    """Samples of `hub:OWNER/NAME` (with `@CONFIG` if need be), of parquet `files` or a folder of them, or of a
+    saved `datasets` folder.
 
-    The picture column is the one of type Image, or the first of bytes; captions as in `make_sample`.
+    The picture column is the one of type Image, or the first of bytes; captions as in `make_sample`; unless `columns`
+    names them.
 
     Raises:
         DataError: nothing there, unreadable, or no column of pictures or captions.
     """
-    parts = list(_load(place, splits, files))
+    parts, chosen = list(_load(place, splits, files)), columns or Columns()
     makers = (
         maker
         for split, table in parts
-        for maker in (_rows(f"{place}/{split}", table, f"{split}/") if len(parts) > 1 else _rows(place, table, ""))
+        for maker in (
+            _rows(f"{place}/{split}", table, f"{split}/", chosen) if len(parts) > 1 else _rows(place, table, "", chosen)
+        )
     )
     return collect(
         place, "hub data set" if place.startswith(HUB) else "table", makers, None if place.startswith(HUB) else splits
@@ -73,7 +92,8 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     datasets.disable_progress_bars()
     try:
         if place.startswith(HUB):
-            loaded = datasets.load_dataset(place.removeprefix(HUB))
+            name, _, config = place.removeprefix(HUB).partition("@")
+            loaded = datasets.load_dataset(name, config or None)
         elif found := [str(path) for path in files or sorted(Path(place).glob("*.parquet"))]:
             loaded = datasets.load_dataset("parquet", data_files={"train": found})
         else:
@@ -92,31 +112,35 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     yield from parts.items()
 
 
-def _rows(name: str, table: Any, prefix: str) -> Iterator[Maker]:
+def _rows(name: str, table: Any, prefix: str, columns: Columns) -> Iterator[Maker]:
     import datasets
 
     features = table.features
-    column = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    if column is not None:
+    for kind, wanted in (("image", columns.image), ("caption", columns.caption)):
+        if wanted is not None and wanted not in features:
+            raise DataError(f"{name} has no {kind} column {wanted!r}; the columns are {', '.join(features)}")
+    pictures = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
+    column = columns.image or next(iter(pictures), None)
+    if column in pictures:
         table = table.cast_column(column, datasets.Image(decode=False))
-    else:
+    elif column is None:
         column = next(
             (c for c, kind in features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")), None
         )
     if column is None:
         column = next((c for c in ("image", "jpg", "png", "webp") if c in features), None)
-    if column is None or not set(CAPTION_COLUMNS) & set(features):
+    if column is None or not {*CAPTION_COLUMNS, columns.caption} & set(features):
         raise DataError(
             f"{name} has columns {', '.join(features)}; a picture column and one of {', '.join(CAPTION_COLUMNS)} are "
             "needed"
         )
-    rows = table.remove_columns([column])
+    rows = table.remove_columns(list({column, *pictures}))
     for number in range(len(table)):
         place = f"{name} row {number}"
         picture = PictureInTable(table, column, number, name)
         key = normal_key(f"{prefix}{number:09d}")
 
         def make(place: str = place, key: str = key, picture: Any = picture, number: int = number) -> Sample:
-            return make_sample(place, key, picture, rows[number])
+            return make_sample(place, key, picture, columns.with_caption(rows[number], place))
 
         yield place, make

@@ -1,0 +1,40 @@
+"""What a checkpoint holds of a run that trains an adapter: peft's files alone, not the frozen network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffusion.adapters import read_adapter, read_adapter_from, write_factors, write_layout
+from diffusion.config import TrainConfig
+from diffusion.training.family import Family
+
+
+def family_of(config: TrainConfig) -> Family:
+    """The family that a config alone asks for."""
+    return Family() if config.lora is None else AdapterFamily(config.load_from or "")
+
+
+class AdapterFamily(Family):
+    """peft's files in the checkpoint folder itself, so that it opens as an adapter; the average in `lora_ema/`."""
+
+    def __init__(self, base_model: str) -> None:
+        self.base_model = base_model
+
+    def write(
+        self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
+    ) -> None:
+        adapter = replace(read_adapter_from(network, values=tensors), base_model=self.base_model)
+        write_layout(adapter, _folder(folder, ema), "peft")
+
+    def restore(self, network: Any, folder: Path, *, ema: bool) -> None:
+        """Raises CheckpointError: no adapter there, or of another rank."""
+        write_factors(network, read_adapter(_folder(folder, ema)))
+
+
+def _folder(folder: Path, ema: bool) -> Path:
+    return folder / "lora_ema" if ema else folder

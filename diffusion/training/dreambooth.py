@@ -1,0 +1,185 @@
+"""DreamBooth (arXiv:2208.12242): a few pictures of one subject under a prompt with a rare word, learned by all weights
+or by an adapter.
+
+Prior preservation needs no loss of its own: the model draws pictures of the class first, and they are drawn into the
+batches `prior_weight` times as often as those of the subject, which weighs the two losses alike in expectation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion.config import DataConfig, TrainConfig, config_overrides, load_config
+from diffusion.errors import ConfigError, DataError
+from diffusion.features import ExtractionSettings
+from diffusion.features.extract import Encoders
+from diffusion.features.sources import PictureFile, Sample, Source
+from diffusion.features.sources.folder import find_pictures
+from diffusion.inference.batch import load_pipeline, sample_to_folder
+from diffusion.ranks import Ranks
+from diffusion.training.building import denoising_objective
+from diffusion.training.publishing import publish_if_asked, require_account_if_asked
+from diffusion.training.run_features import extract_for_run
+from diffusion.training.run_log import LOGGER, configure_logging
+from diffusion.training.trainer import Reporting, Trainer
+from diffusion.training.work_dir import refuse_existing_run
+
+_DRAWN_AT_ONCE = 8
+_FLAGS = {
+    "lr": "optimizer.lr",
+    "save_step": "save_model_steps",
+    "train_class": "data.root",
+    "token": "data.token",
+    "class_prompt": "data.class_prompt",
+    "num_class_images": "data.num_class_images",
+    "prior_weight": "data.prior_weight",
+    "rank": "lora.rank",
+}
+
+
+def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], Sequence[str]]] | None = None) -> Path:
+    """Run train_scripts/train_dreambooth.py; returns the run folder.
+
+    Raises:
+        PixArtError: a flag, the config, the model or the pictures cannot be used.
+    """
+    overrides = [f"{key}={value!r}" for name, key in _FLAGS.items() if (value := getattr(args, name)) is not None]
+    if args.train_class is not None and Path(args.train_class).is_dir():  # else below data_root, as the original's
+        overrides.append(f"data.root={str(Path(args.train_class).resolve())!r}")
+    if args.prompt is not None:
+        overrides.append(f"data.prompt={[args.prompt]!r}")
+    config = load_config(args.config, [*overrides, *config_overrides(args)], choices=choices)
+    check_prompts(config)
+    require_account_if_asked(args)
+    work_dir = Path(args.work_dir or config.work_dir)
+    resume_from = args.resume_from or config.resume_from.checkpoint
+    ranks = Ranks()
+    if ranks.is_main:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        if resume_from is None:
+            refuse_existing_run(work_dir)
+    configure_logging(work_dir, is_main=ranks.is_main)
+    trainer = Trainer(
+        with_features(config, work_dir, ranks),
+        denoising_objective,
+        work_dir,
+        resume_from=resume_from,
+        reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
+        ranks=ranks,
+    )
+    trainer.fit()
+    publish_if_asked(args, work_dir, is_main=ranks.is_main)
+    return work_dir
+
+
+def check_prompts(config: TrainConfig) -> None:
+    """Refuse a config whose prompt cannot name the subject.
+
+    Raises:
+        ConfigError: not a DreamBooth config, no model to start from, or a prompt that says no more than the class.
+    """
+    data = config.data
+    if data.type != "DreamBooth":
+        raise ConfigError(f"data.type={data.type!r} is not read by this program; use DreamBooth, or train.py")
+    if config.load_from is None:
+        raise ConfigError("DreamBooth teaches a trained model: give its weights with --load-from")
+    if config.multi_scale:
+        raise ConfigError("multi_scale=True is not offered for DreamBooth; set it to False")
+    if len(data.prompt) != 1:
+        raise ConfigError(f"data.prompt={list(data.prompt)} must hold one prompt, the caption of all pictures")
+    prompt, token = data.prompt[0], data.token
+    if token is not None and token.lower() not in _words(prompt):
+        raise ConfigError(f"data.prompt={prompt!r} does not contain the token {token!r}; name the subject by it")
+    if data.class_prompt is None:
+        return
+    new = [word for word in _words(prompt) if word not in _words(data.class_prompt)]
+    if not new or (token is not None and token.lower() not in new):
+        raise ConfigError(
+            f"data.prompt={prompt!r} has no word that data.class_prompt={data.class_prompt!r} lacks; put a rare word "
+            "for the subject into the prompt alone, as 'sks'"
+        )
+
+
+def with_features(config: TrainConfig, work_dir: Path, ranks: Ranks) -> TrainConfig:
+    """The config of the run itself: features of the subject's pictures, and of the class's if it has a prompt.
+
+    Raises:
+        DataError: no pictures. CheckpointError: the model or its encoders are missing.
+    """
+    data = config.data
+    folder = Path(config.data_root) / data.root
+    source = captioned_pictures(folder, data.prompt[0])
+    pretrained = encoders_of(config)
+    settings = ExtractionSettings(image_size=config.image_size, max_length=config.model_max_length, batch_size=4)
+    chosen = extract_for_run(source, work_dir, pretrained, settings, ranks, name="features")
+    keys: dict[str, Any] = {"type": "Store", "root": chosen["root"]}
+    if data.class_prompt is not None:
+        pictures = draw_class(config, data, work_dir / "class_pictures", pretrained, ranks)
+        of_class = captioned_pictures(pictures, data.class_prompt)
+        other = extract_for_run(of_class, work_dir, pretrained, settings, ranks, name="class-features")
+        share = data.prior_weight * len(source.samples) / len(of_class.samples)
+        keys["mix"] = {keys["root"]: 1.0, other["root"]: share}
+        LOGGER.info("%d pictures of the class, %.3g for each of the subject", len(of_class.samples), data.prior_weight)
+    said = data.model_dump(include={"prompt", "token", "class_prompt", "num_class_images", "prior_weight"})
+    return TrainConfig.model_validate({**config.model_dump(), "data_root": "/", "data": {**said, **keys}})
+
+
+def encoders_of(config: TrainConfig) -> Path:
+    """Where the run finds T5 and the VAE: a pipeline, or the original's download folder around `vae_pretrained`."""
+    return Path(config.pipeline_load_from) if config.pipeline_load_from else Path(config.vae_pretrained).parent
+
+
+def captioned_pictures(folder: Path, caption: str) -> Source:
+    """All pictures of a folder under one caption; texts beside them are not read.
+
+    Raises:
+        DataError: no such folder, or no pictures in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder of the subject's pictures (--train_class)")
+    found, _ = find_pictures(folder)
+    if not found:
+        raise DataError(f"{folder}: no pictures; put a few of the subject there, or choose another --train_class")
+    samples = [Sample(key, PictureFile(path), (caption,)) for key, path in found.items()]
+    return Source(str(folder), "folder of pictures", samples, [])
+
+
+def draw_class(config: TrainConfig, data: DataConfig, folder: Path, pretrained: Path, ranks: Ranks) -> Path:
+    """Pictures of the class by the model before training, drawn like those of validation; those there are kept."""
+    assert config.load_from is not None and data.class_prompt is not None
+    if ranks.is_main:
+        encoders = Encoders.find(pretrained)
+        pipeline = load_pipeline(
+            config.load_from, pretrained, text_encoder=encoders.text, vae=encoders.vae, algorithm="dpm-solver"
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(ranks.device)
+        LOGGER.info("drawing %d pictures of the class %r", data.num_class_images, data.class_prompt)
+        sample_to_folder(
+            pipeline,
+            [data.class_prompt],
+            folder,
+            model=str(config.load_from),
+            seed=config.seed,
+            batch_size=_DRAWN_AT_ONCE,
+            num_images=data.num_class_images,
+            settings={
+                "height": config.image_size,
+                "width": config.image_size,
+                "num_inference_steps": config.validation.num_inference_steps,
+                "guidance_scale": config.validation.guidance_scale,
+            },
+        )
+        del pipeline
+        gc.collect()
+    ranks.barrier()
+    return folder
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,185 @@
+"""The README.md of a run folder, as the hub reads it: base model, tags, licence, prompts with pictures, figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from diffusion.checkpoints.hub import hub_file, parse_hub_id
+from diffusion.config import TrainConfig
+from diffusion.errors import PixArtError
+
+CARD = "README.md"
+_LICENCE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
+
+
+def write_model_card(work_dir: Path, config: TrainConfig, step: int) -> Path:
+    """Write `work_dir`/README.md from the run's config, metrics and validation pictures; returns its path."""
+    base, licence = _base_model(config.load_from)
+    rows = _metrics(work_dir)
+    parts = [
+        _front_matter(config, base, licence, work_dir),
+        f"# {work_dir.resolve().name}\n\n{_summary(config, base, step)}",
+        _licence_line(licence, base),
+        _pictures(work_dir, config),
+        "## Use\n\n" + _usage(config),
+        "## Settings\n\n" + _table(_settings(config, step)),
+        "## Measured\n\n" + _table(_figures(rows, config)),
+    ]
+    path = work_dir / CARD
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _base_model(source: str | None) -> tuple[str | None, str | None]:
+    """Name and licence of the model that training started from, as its own card says."""
+    if source is None:
+        return None, None
+    hub_id = parse_hub_id(source)
+    try:
+        card = hub_file(hub_id[0], CARD) if hub_id is not None else Path(source) / CARD
+        text = card.read_text(encoding="utf-8")
+    except (PixArtError, OSError):
+        text = ""
+    found = _LICENCE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    return (hub_id[0] if hub_id is not None else Path(source).name), found[1] if found else None
+
+
+def _front_matter(config: TrainConfig, base: str | None, licence: str | None, work_dir: Path) -> str:
+    tags = ["text-to-image", "pixart", "diffusers", "diffusers-training"]
+    if config.lora is not None:
+        tags += ["lora", "peft", "template:sd-lora"]
+    if config.data.class_prompt or config.data.token:
+        tags.append("dreambooth")
+    lines = ["---"]
+    if licence is not None:
+        lines.append(f"license: {licence}")
+    if base is not None:
+        lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if config.lora is not None else 'finetune'}"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", *(f"- {tag}" for tag in tags)]
+    if config.data.prompt:
+        lines.append(f"instance_prompt: {json.dumps(config.data.prompt[0], ensure_ascii=False)}")
+    grids = _grids(work_dir)
+    if grids:
+        lines.append("widget:")
+        for prompt in dict.fromkeys(config.validation.prompts):
+            text = json.dumps(prompt, ensure_ascii=False)
+            lines += [f"- text: {text}", "  output:", f"    url: {grids[-1].relative_to(work_dir).as_posix()}"]
+    return "\n".join([*lines, "---"])
+
+
+def _summary(config: TrainConfig, base: str | None, step: int) -> str:
+    kind = "A PixArt transformer"
+    if config.lora is not None:
+        kind = f"A {'DoRA' if config.lora.use_dora else 'LoRA'} of rank {config.lora.rank}"
+    start = f"for `{base}`" if config.lora is not None else f"fine-tuned from `{base}`"
+    subject = f" It draws what the prompt `{config.data.prompt[0]}` names." if config.data.prompt else ""
+    trained = f"trained for {step} steps at {config.image_size} px"
+    return f"{kind} {start + ', ' if base is not None else ''}{trained}.{subject}"
+
+
+def _licence_line(licence: str | None, base: str | None) -> str:
+    if licence is not None:
+        return f"Licence: {licence}, that of the base model."
+    return f"Licence: that of the base model `{base}`; its card names none here." if base is not None else ""
+
+
+def _pictures(work_dir: Path, config: TrainConfig) -> str:
+    grids = _grids(work_dir)
+    if not grids:
+        return ""
+    shown = {"Before": grids[0], "After": grids[-1]} if len(grids) > 1 else {"After": grids[-1]}
+    prompts = ", ".join(f"`{prompt}`" for prompt in dict.fromkeys(config.validation.prompts))
+    steps = f"{config.validation.num_inference_steps} steps, guidance {config.validation.guidance_scale:g}"
+    lines = [f"## Pictures\n\nPrompts {prompts}; {steps}, seeds from {config.validation.seed}."]
+    return "\n\n".join(
+        [*lines, *(f"{name}:\n\n![{name}]({path.relative_to(work_dir).as_posix()})" for name, path in shown.items())]
+    )
+
+
+def _grids(work_dir: Path) -> list[Path]:
+    return sorted((work_dir / "validation").glob("step_*.png"))
+
+
+def _usage(config: TrainConfig) -> str:
+    base = config.load_from or config.pipeline_load_from or "BASE"
+    prompt = (config.validation.prompts or config.data.prompt or ("a prompt",))[0]
+    if config.lora is not None:
+        code = f"""from diffusion.inference import PixArtPipeline
+
+pipe = PixArtPipeline.from_pretrained({base!r})
+pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")
+pipe({prompt!r}, seed=0).images[0].save("picture.png")
+
+# or with stock diffusers and peft
+from diffusers import PixArtAlphaPipeline
+from peft import PeftModel
+
+pipe = PixArtAlphaPipeline.from_pretrained({base!r})
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER_OR_REPOSITORY")"""
+        return f"```python\n{code}\n```\n\nComfyUI loads `comfyui_lora.safetensors`."
+    parts = config.pipeline_load_from or "PIPELINE"
+    code = f"""from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
+transformer = PixArtTransformer2DModel.from_pretrained("THIS_REPOSITORY", subfolder="transformer")
+pipe = PixArtAlphaPipeline.from_pretrained({parts!r}, transformer=transformer)
+pipe({prompt!r}).images[0].save("picture.png")"""
+    return f"```python\n{code}\n```"
+
+
+def _settings(config: TrainConfig, step: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "steps": step,
+        "batch": f"{config.train_batch_size} a process, {config.gradient_accumulation_steps} accumulated",
+        "optimiser": f"{config.optimizer.type}, lr {config.optimizer.lr:g}, {config.lr_schedule}, "
+        f"{config.lr_schedule_args.num_warmup_steps} steps of warm-up, weight decay {config.optimizer.weight_decay:g}",
+        "precision": config.mixed_precision,
+        "size": f"{config.image_size} px",
+        "captions dropped": config.class_dropout_prob,
+        "largest gradient norm": config.gradient_clip,
+        "EMA": config.ema_rate,
+        "seed": config.seed,
+    }
+    if config.lora is not None:
+        lora = config.lora
+        kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+        settings["adapter"] = f"{kind}, rank {lora.rank}, alpha {lora.alpha:g}, base in {lora.base_dtype}"
+    if config.data.prompt:
+        settings["instance prompt"] = config.data.prompt[0]
+    if config.data.class_prompt:
+        settings["class prompt"] = f"{config.data.class_prompt} (weight {config.data.prior_weight:g})"
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> dict[str, Any]:
+    losses = [row["loss"] for row in rows if "loss" in row]
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
+    peaks = [row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row]
+    figures: dict[str, str] = {}
+    if losses:
+        tail = losses[-max(len(losses) // 10, 1) :]
+        figures["training loss, mean of the last tenth of the log"] = f"{sum(tail) / len(tail):.4f}"
+    if validation:
+        figures["validation loss, first and last"] = f"{validation[0]:.4f}, {validation[-1]:.4f}"
+    if rates:
+        figures["images a second, median"] = f"{median(rates):.2f}"
+    if peaks:
+        figures["peak memory of the card"] = f"{max(peaks):.2f} GiB"
+    return figures
+
+
+def _metrics(work_dir: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (work_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
