@@ -315,6 +315,7 @@ class Trainer:
             "images_per_s": steps * self.global_batch / seconds,
             "data_wait_share": window.waited_s / seconds,
             "epoch": (step - 1) // self.sampler.steps_per_epoch,
+            "remaining_s": remaining,
         }
         if self.ranks.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
