@@ -7,7 +7,7 @@ TRAINED := $(DEMO)/checkpoints/checkpoint-30
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench texts clean
+.PHONY: help install demo app test test-slow browser lint bench texts clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +31,22 @@ demo: install  ## pictures -> features -> training -> checkpoint -> sampled grid
 	@echo "logs        $(DEMO)/train_log.log, $(DEMO)/metrics.jsonl; tensorboard --logdir $(DEMO)/logs"
 	@echo "checkpoint  $(TRAINED)"
 
+app: $(VENV)/.installed-app  ## the page that draws, in a browser: http://127.0.0.1:12345
+	DEMO_PORT=$${DEMO_PORT:-12345} $(PY) app/app.py
+
+$(VENV)/.installed-app: $(VENV)/.installed
+	$(PY) -m pip install --quiet -e '.[app]'
+	touch $@
+
 test: $(VENV)/.installed-dev  ## all quick tests
 	$(PY) -m pytest -q -m "not slow"
 
-test-slow: $(VENV)/.installed-dev  ## tests that take longer
+browser: $(VENV)/.installed-dev  ## a Chromium for the tests of the page, where there is none
+	@$(PY) -m tests.web.browser || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
+		|| $(PY) -m playwright install --with-deps chromium \
+		|| echo "no Chromium could be had: the tests of the page in a browser will be skipped"
+
+test-slow: $(VENV)/.installed-dev browser  ## tests that take longer
 	$(PY) -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy

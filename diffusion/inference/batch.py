@@ -142,7 +142,7 @@ def sample_to_folder(
         if value < 1:
             raise PromptError(f"{name} {value} must be at least 1")
     folder, settings = Path(folder), dict(settings or {})
-    facts = _facts(pipeline, model, controlled=settings.get("control_image") is not None)
+    facts = recipe_facts(pipeline, model, controlled=settings.get("control_image") is not None)
     jobs = [
         _job(pipeline, folder, number, prompt, seed + number, settings, facts)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
@@ -178,7 +178,7 @@ class _Job:
     recipe: dict[str, Any]
 
 
-def _facts(pipeline: PixArtPipeline, model: str, *, controlled: bool) -> dict[str, Any]:
+def recipe_facts(pipeline: PixArtPipeline, model: str, *, controlled: bool) -> dict[str, Any]:
     """What all recipes of a call say beside the request."""
     plan = pipeline.memory_plan
     steering: dict[str, Any] = {}

@@ -373,6 +373,7 @@ class Trainer:
             "images_per_s": steps * self.global_batch / seconds,
             "data_wait_share": window.waited_s / seconds,
             "epoch": (step - 1) // self.sampler.steps_per_epoch,
+            "remaining_s": remaining,
         }
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.state.skipped_steps:

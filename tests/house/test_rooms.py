@@ -28,10 +28,13 @@ MAY_IMPORT = {
         "config", "models", "process", "objectives", "text", "images", "features", "data", "checkpoints", "adapters",
         "inference", "evaluation",
     },
+    "web": {"config", "images", "inference"},
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = [
-    path for folder in ("tools", "scripts", "train_scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    path
+    for folder in ("app", "tools", "scripts", "train_scripts", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
 ]
 
 

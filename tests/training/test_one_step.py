@@ -75,7 +75,9 @@ def test_resume_is_bit_exact_and_both_networks_learn(pairs: Path, base: Path, tm
     start = load_transformer(base).t_block[1].bias
     for name in ("generator", "fake"):
         assert not torch.equal(first[f"{name}.t_block.1.bias"], start)
-    assert set(weights(tmp_path / "whole", 6, "transformer_ema")) == set(weights(tmp_path / "whole", 6, "fake_score/transformer"))
+    assert set(weights(tmp_path / "whole", 6, "transformer_ema")) == set(
+        weights(tmp_path / "whole", 6, "fake_score/transformer")
+    )
     assert (tmp_path / "whole/validation/step_0000006.png").is_file()
 
 

@@ -1,0 +1,1 @@
+"""Pages in a browser: drawing pictures, and watching a training run."""

@@ -1,0 +1,56 @@
+"""LoRA adapters that a page offers: the files and folders of one folder, by their names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import PromptError, did_you_mean
+
+_logger = logging.getLogger(__name__)
+
+
+class Loras:
+    """Adapters below `folder`: `NAME.safetensors`, or `NAME/` with a .safetensors file in it. None may be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._applied: str | None = None
+
+    def names(self) -> list[str]:
+        """What is there now, sorted."""
+        return sorted(self._found())
+
+    def apply(self, pipeline: Any, name: str | None, scale: float) -> dict[str, Any]:
+        """Have the pipeline draw with one adapter, or with none; returns what recipes say about it.
+
+        Raises:
+            PromptError: no such adapter, or a pipeline that takes none. CheckpointError: it does not fit.
+        """
+        if name is None or scale == 0:
+            self._unload(pipeline)
+            return {}
+        found = self._found()
+        if name not in found:
+            raise PromptError(f"LoRA {name[:60]!r} is not in {self.folder}; {did_you_mean(name[:60], found)}")
+        if not hasattr(pipeline, "load_lora_weights"):
+            raise PromptError("this version draws without LoRA adapters; choose none")
+        if self._applied != name:
+            self._unload(pipeline)
+            pipeline.load_lora_weights(str(found[name]), adapter_name="page")
+            self._applied = name
+        pipeline.set_adapters(["page"], [scale])
+        return {"lora": name, "lora_scale": scale}
+
+    def _unload(self, pipeline: Any) -> None:
+        if self._applied is not None:
+            self._applied = None
+            pipeline.unload_lora_weights()
+
+    def _found(self) -> dict[str, Path]:
+        if not self.folder.is_dir():
+            return {}
+        files = {path.stem: path for path in self.folder.glob("*.safetensors")}
+        folders = {path.parent.name: path.parent for path in self.folder.glob("*/*.safetensors")}
+        return {**folders, **files}

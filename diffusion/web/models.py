@@ -1,0 +1,159 @@
+"""Which model a page draws with: what was asked for, else its official one, else the bundled one."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.config.sampling_cli import BUNDLED, HED
+from diffusion.devices import choose_device, choose_dtype
+from diffusion.errors import ConfigError
+from diffusion.inference.batch import load_pipeline
+from diffusion.inference.memory import Workload, check_plan_name
+from diffusion.inference.pipeline import PixArtPipeline
+from diffusion.inference.previews import LatentPreview
+from diffusion.web.artist import Artist
+from diffusion.web.loras import Loras
+from diffusion.web.settings import WebSettings
+
+_logger = logging.getLogger("pixart.web")
+ROOT = Path("output/pretrained_models")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One page: its title, the official models it is for (the first that is there), and where its controls begin.
+
+    controlnets: official ControlNet files; a page that has some offers edges.
+    """
+
+    title: str
+    models: tuple[str, ...]
+    solver: str = "dpm-solver"
+    steps: int = 14
+    guidance_scale: float = 4.5
+    pictures: int = 1
+    control_strength: float = 1.0
+    controlnets: tuple[str, ...] = ()
+    image_size: int | None = None
+
+
+VARIANTS = {
+    "1024": Variant("PixArt-α", ("PixArt-XL-2-1024-MS", "PixArt-XL-2-1024-MS.pth")),
+    "512": Variant("PixArt-α 512", ("PixArt-XL-2-512x512", "PixArt-XL-2-512x512.pth"), steps=20, pictures=2),
+    "LCM": Variant("PixArt-δ LCM", ("PixArt-LCM-XL-2-1024-MS",), solver="lcm", steps=4, guidance_scale=1.0),
+    "CONTROLNET": Variant(
+        "PixArt-δ ControlNet",
+        ("PixArt-XL-2-1024-MS", "PixArt-XL-2-1024-MS.pth"),
+        controlnets=("PixArt-XL-2-1024-ControlNet.pth",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where the parts of the model are, and what the page says when it is not the official one."""
+
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    notice: str = ""
+    lora: str | None = None
+
+
+def choose(args: argparse.Namespace, variant: Variant) -> tuple[Chosen, Variant]:
+    """The model of a page, and the page's beginning settings as that model needs them."""
+    options: dict[str, Any] = {"text_encoder": args.t5_path, "vae": args.tokenizer_path}
+    if args.model_path is not None:
+        return _with_control(Chosen(args.model_path, options), args, variant), variant
+    for name in variant.models:
+        path = ROOT / name
+        if path.is_dir():
+            return _with_control(Chosen(str(path), options), args, variant), variant
+        parts = {"text_encoder": ROOT / "t5_ckpts", "vae": ROOT / "sd-vae-ft-ema"}
+        if path.is_file() and all(part.is_dir() for part in parts.values()):
+            found = {part: options[part] or str(default) for part, default in parts.items()}
+            return _with_control(Chosen(str(path), found), args, variant), variant
+    command = f"python tools/download.py --model_names {variant.models[0]}"
+    notice = f"This is the small bundled model, which knows emoji. For the official one: {command}"
+    beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=4.5)  # the bundled one is not distilled
+    return _with_control(Chosen(BUNDLED, options, notice), args, beginning), beginning
+
+
+def choose_lcm(args: argparse.Namespace, variant: Variant) -> tuple[Chosen, Variant]:
+    """As `choose`, for app/app_lcm.py: a distilled model, or with --is_lora an ordinary one and an LCM-LoRA.
+
+    Raises:
+        ConfigError: --is_lora with a version that takes no LoRA.
+    """
+    if args.repo_id is not None:
+        args.model_path = args.repo_id
+    if not args.is_lora:
+        return choose(args, variant)
+    if not hasattr(PixArtPipeline, "load_lora_weights"):
+        raise ConfigError("--is_lora: this version draws without LoRA adapters; use a distilled model (--repo_id)")
+    chosen, _ = choose(args, replace(variant, models=VARIANTS["1024"].models))
+    return replace(chosen, lora=args.lora_repo_id), variant
+
+
+def _with_control(chosen: Chosen, args: argparse.Namespace, variant: Variant) -> Chosen:
+    """The ControlNet and the edge detector of a page that has them; says how to get what is missing."""
+    if not variant.controlnets:
+        return chosen
+    options, notice = dict(chosen.options), chosen.notice
+    official = [ROOT / name for name in variant.controlnets if (ROOT / name).is_file()]
+    # An official ControlNet fits official models alone.
+    control = args.controlnet or (str(official[0]) if official and chosen.model != BUNDLED else None)
+    detector = args.hed or (HED if Path(HED).is_file() else None)
+    names = [] if control else list(variant.controlnets[:1])
+    names += [] if detector else ["ControlNetHED.pth"]
+    if names:
+        command = f"python tools/download.py --model_names {' '.join(names)}"
+        without = "edges cannot be followed" if control is None else "pictures must be edges already, white on black"
+        notice = " ".join(part for part in (notice, f"Without {' and '.join(names)} {without}: {command}") if part)
+    options |= {"controlnet": control, "edge_detector": detector if control else None}
+    return replace(chosen, options=options, notice=notice)
+
+
+def make_artist(args: argparse.Namespace, chosen: Chosen, settings: WebSettings) -> Artist:
+    """Load the pipeline where it is to draw.
+
+    Raises:
+        PixArtError: a part is missing or does not fit, an unknown device or memory plan.
+    """
+    check_plan_name(args.memory)
+    device = choose_device(args.device)
+    if settings.cpu_offload and device.type != "cuda":
+        raise ConfigError("ENABLE_CPU_OFFLOAD=1 needs a CUDA card; leave it out")
+    options = dict(chosen.options)
+    if settings.consistency_decoder and not options.get("vae"):
+        options["vae"] = "openai/consistency-decoder"
+    pipeline = load_pipeline(
+        chosen.model, args.pipeline_load_from, torch_dtype=choose_dtype(args.dtype, device), **options
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        preview = LatentPreview(pipeline.vae)  # before the parts move to a device
+    if chosen.lora is not None:
+        pipeline.load_lora_weights(chosen.lora)
+    if settings.compile:
+        pipeline.transformer.compile_blocks()
+    if settings.cpu_offload:
+        pipeline.enable_model_cpu_offload()
+    else:
+        side = settings.limits.max_side_px if device.type == "cuda" else pipeline.default_size
+        side = min(side, pipeline.default_size * 2)
+        pipeline.set_memory_plan(args.memory, device, Workload(side, side))
+    return Artist(
+        pipeline,
+        preview,
+        model=chosen.model,
+        loras=Loras(Path(args.lora_dir)),
+        limits=settings.limits,
+        output=settings.output,
+        keep_pictures=settings.keep_pictures,
+    )
