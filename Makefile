@@ -7,7 +7,7 @@ TRAINED := $(DEMO)/checkpoints/checkpoint-30
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app test test-slow browser lint bench texts clean
+.PHONY: help install demo app test test-slow browser lint docs bench texts clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,11 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-dev  ## the documentation site, into build/site
+	$(PY) tools/write_docs.py --check
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench: install  ## timings of this machine into benchmarks/results
 	$(PY) benchmarks/bench_store.py

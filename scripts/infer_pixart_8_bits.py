@@ -7,21 +7,20 @@ python scripts/infer_pixart_8_bits.py --model_path output/pretrained_models/PixA
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED
 from diffusion.errors import run_cli
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Command-line arguments; importing this needs no torch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model_path", default=BUNDLED, help=f"pipeline folder (default {BUNDLED})")
-    add("--prompt", default="cute cat", help="(default 'cute cat')")
-    add("--output", default="cat.png", help="the picture; an existing file is kept (default cat.png)")
-    add("--step", type=int, default=20, help="steps of DPM-Solver++ (default 20)")
-    add("--seed", type=int, default=0, help="(default 0)")
+    add("--model_path", default=BUNDLED, help="pipeline folder")
+    add("--prompt", default="cute cat", help="what is drawn")
+    add("--output", default="cat.png", help="the picture; an existing file is kept")
+    add("--step", type=int, default=20, help="steps of DPM-Solver++")
+    add("--seed", type=int, default=0, help="of the noise")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
     return parser
 

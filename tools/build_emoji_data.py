@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import DataError, run_cli
 
 SIZE_PX = 256
@@ -371,7 +372,7 @@ def build_toy(emoji: Sequence[Emoji], root: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(description="Build data/emoji and data/data_toy from two npm packages.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder that gets emoji/ and data_toy/")
     parser.add_argument("--cache", type=Path, default=Path("build/emoji"), help="folder for the npm archives")
     parser.add_argument("--fluent-tgz", type=Path, help=f"use this archive of {FLUENT.package}@{FLUENT.version}")

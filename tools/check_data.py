@@ -8,31 +8,32 @@ Ends with exit code 2 when a picture or caption cannot be used; each is named wi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.extraction_cli import DEFAULT_PRETRAINED, add_bucket_arguments
 from diffusion.errors import EXIT_USER_ERROR, run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", help="pictures with captions; see tools/extract_features.py")
-    parser.add_argument("--dataset_root", type=Path, help="folder that the paths of a JSON list are relative to")
-    parser.add_argument("--split", nargs="+", help="only these splits")
-    parser.add_argument("--image-size", type=int, default=256, help="px (default: %(default)s)")
-    add_bucket_arguments(parser)
-    parser.add_argument("--max-length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
-    parser.add_argument(
-        "--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens and disk use (default: %(default)s)"
-    )
-    parser.add_argument("--decode", type=int, default=512, help="pictures to decode completely (default: %(default)s)")
-    parser.add_argument("--all", action="store_true", help="read every header and decode every picture")
-    parser.add_argument("--measure", action="store_true", help="time the encoders on a few pictures")
-    parser.add_argument("--device", default="auto", help="for --measure (default: %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 24 pictures, cropped as in training")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--dataset_root", type=Path, help="folder that the paths of a JSON list are relative to")
+    add("--split", nargs="+", help="only these splits")
+    add("--image-size", type=int, default=256, help="px")
+    add_bucket_arguments(parser.add_argument_group("aspect-ratio buckets"))
+    add = parser.add_argument_group("checks").add_argument
+    add("--max-length", type=int, default=120, help="tokens a caption at most")
+    add("--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens and disk use")
+    add("--decode", type=int, default=512, help="pictures to decode completely")
+    add("--all", action="store_true", help="read every header and decode every picture")
+    add("--measure", action="store_true", help="time the encoders on a few pictures")
+    add("--device", default="auto", help="for --measure")
+    add = parser.add_argument_group("output").add_argument
+    add("--sheet", type=Path, help="write a contact sheet of 24 pictures, cropped as in training")
+    add("--json", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
     from diffusion.features.cli import settings_from

@@ -8,14 +8,13 @@ diffusers and back gives every tensor bit for bit, the null caption and position
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.conversion_cli import DTYPES
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--safetensor_path", required=True, help="diffusers folder, checkpoint-N, safetensors file or hub id")
     add("--pth_path", required=True, help="new file, .pth or .safetensors")

@@ -5,13 +5,12 @@ python tools/convert_lora.py output/lora/checkpoints/checkpoint-100 output/comfy
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("lora", help="adapter folder, file or hub id, in any layout")
     add("out", help="folder of the new file")

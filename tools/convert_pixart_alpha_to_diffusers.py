@@ -1,6 +1,6 @@
 """Convert a native PixArt checkpoint into a diffusers folder, with the flags of PixArt-alpha.
 
-    python tools/convert_pixart_alpha_to_diffusers.py --image_size 1024 --multi_scale_train True \
+    python tools/convert_pixart_alpha_to_diffusers.py --image_size 1024 --multi_scale_train True \\
         --orig_ckpt_path path/to/pth --dump_path path/to/diffusers --only_transformer=True
 
 The file itself tells its kind; flags are checked against it. The way back: tools/convert_diffusers_to_pixart.py.

@@ -1,6 +1,6 @@
 """Convert a native PixArt checkpoint into a diffusers folder, with the flags of PixArt-Sigma.
 
-    python tools/convert_pixart_to_diffusers.py --orig_ckpt_path path/to/pth --dump_path path/to/diffusers \
+    python tools/convert_pixart_to_diffusers.py --orig_ckpt_path path/to/pth --dump_path path/to/diffusers \\
         --only_transformer=True --image_size=1024 --version sigma
 
 The file itself tells its kind; flags are checked against it. The way back: tools/convert_diffusers_to_pixart.py.

@@ -9,18 +9,17 @@ An interrupted download goes on where it stopped. HF_ENDPOINT names a mirror, HF
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model_names", nargs="+", metavar="NAME", help="see --list (default: the 512 px and 1024 px alpha files)")
     add("--only_models", action="store_true", help="without T5 (19 GB) and VAE, which come along otherwise")
-    add("--output_dir", default="output/pretrained_models", help="default: %(default)s")
-    add("--revision", default="main", help="branch, tag or commit on the hub (default: %(default)s)")
+    add("--output_dir", default="output/pretrained_models", help="folder of the files")
+    add("--revision", default="main", help="branch, tag or commit on the hub")
     add("--list", action="store_true", help="show what there is; needs no network")
     args = parser.parse_args()
 

@@ -7,14 +7,13 @@ Run it again after the bundled model has changed: pictures of another model are 
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model_path", default=BUNDLED, help="pipeline folder (%(default)s)")
     args = parser.parse_args()
 

@@ -18,39 +18,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 BUNDLED = "output/pretrained_models/emoji-256"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Command-line arguments; importing this needs no torch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    retrieval = commands.add_parser(
-        "retrieval", help="which real picture each drawing shows", formatter_class=formatter
-    )
-    add = retrieval.add_argument
+    retrieval = commands.add_parser("retrieval", help="which real picture each drawing shows")
+    add = retrieval.add_argument_group("model").add_argument
     add("model", nargs="?", default=BUNDLED, help="pipeline folder, or a checkpoint-N of a run")
     add("--pipeline_load_from", default=BUNDLED, help="tokenizer, T5 and VAE for a checkpoint that has none")
     add("--ema", action="store_true", help="the averaged weights of a checkpoint")
+    add = retrieval.add_argument_group("data").add_argument
     add("--data", default="data/emoji", help="ImageFolder with concepts, splits and duplicate groups")
     add("--split", nargs="*", default=["heldout"], help="splits whose captions are drawn")
     add("--caption", nargs="+", default=["label"], help="'label', 'label with keywords', 'a 3D emoji of'")
     add("--free_prompts", help="JSON lines of prompts with accepted concepts, e.g. data/emoji/free_prompts.jsonl")
     add("--limit", type=int, help="evenly spaced captions a split; all when absent")
+    add = retrieval.add_argument_group("sampling").add_argument
     add("--steps", type=int, nargs="+", default=[20], help="solver steps; several give a row each")
     add("--guidance", type=float, nargs="+", default=[4.5], help="guidance scales; several give a row each")
     add("--solver", default="dpm-solver", help="dpm-solver, sa-solver, iddpm, ddim, deis or lcm")
     add("--seed", type=int, default=0, help="picture i has seed + i")
     add("--bs", type=int, default=16, help="pictures at a time")
+    add = retrieval.add_argument_group("running").add_argument
     add("--sanity", type=int, default=64, metavar="N", help="real pictures sent through JPEG and the VAE; 0 = none")
     add("--device", default="auto", help="cpu, cuda or auto")
     add("--output", type=Path, default=Path("output/evaluation"), help="folder of JSON, table and contact sheets")
 
-    fidelity = commands.add_parser("fidelity", help="FID and KID of two folders", formatter_class=formatter)
+    fidelity = commands.add_parser("fidelity", help="FID and KID of two folders")
     add = fidelity.add_argument
     add("--generated", type=Path, required=True, help="folder of drawings")
     add("--reference", type=Path, required=True, help="folder of real pictures")
@@ -58,15 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resize", type=int, default=256, help="px, by antialiased bicubic, before Inception")
     add("--bs", type=int, default=32, help="pictures at a time")
     add("--device", default="auto", help="cpu, cuda or auto")
-    add("--output", type=Path, default=Path("output/evaluation/fidelity.json"))
+    add("--output", type=Path, default=Path("output/evaluation/fidelity.json"), help="JSON file of the figures")
 
-    clip = commands.add_parser("clip", help="CLIP score of pictures and their prompts", formatter_class=formatter)
+    clip = commands.add_parser("clip", help="CLIP score of pictures and their prompts")
     add = clip.add_argument
     add("--pictures", type=Path, required=True, help="folder of PNG files that carry their prompts")
     add("--model", default="openai/clip-vit-large-patch14", help="folder or hub id of a CLIP model")
     add("--bs", type=int, default=32, help="pictures at a time")
     add("--device", default="auto", help="cpu, cuda or auto")
-    add("--output", type=Path, default=Path("output/evaluation/clip.json"))
+    add("--output", type=Path, default=Path("output/evaluation/clip.json"), help="JSON file of the figures")
     return parser
 
 

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("controlnet", help="checkpoint-N of train_controlnet.py")
     parser.add_argument("--base", required=True, help="the model that it was trained on: folder, weight file or hub id")
     parser.add_argument("--output", type=Path, required=True, help=".pth, or .safetensors")

@@ -8,15 +8,15 @@ so crop and size are those of training; a picture is scaled so that a patch of t
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.extraction_cli import DEFAULT_PRETRAINED
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("store", help="folder of the feature store")
     add("--encoder", type=Path, required=True, help="local folder of the picture encoder")

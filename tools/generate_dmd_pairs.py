@@ -5,14 +5,13 @@ python tools/generate_dmd_pairs.py output/features/emoji-256 --out output/featur
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("store", help="feature store")
     add("--out", required=True, help="folder of the store of pairs")

@@ -8,14 +8,14 @@ itself as load_from; this tool shows the proof and takes another timestep or cla
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--dit", required=True, help="public .pt file of DiT, or a checkpoint of a run that trained one")
     add("--output", type=Path, required=True, help="new folder; the network goes to OUTPUT/transformer")

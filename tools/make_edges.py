@@ -6,16 +6,16 @@ python tools/make_edges.py photo.jpg --detector hed --output edges.png
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import HED
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("picture", type=Path, help="picture file")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--detector", choices=("canny", "hed"), default="canny", help="(default: %(default)s)")
     parser.add_argument("--hed_path", "--hed-path", type=Path, default=Path(HED), help="(default: %(default)s)")

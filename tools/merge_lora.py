@@ -5,14 +5,13 @@ python tools/merge_lora.py output/pretrained_models/emoji-256 output/lora --lora
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("model", help="pipeline folder, transformer folder, checkpoint-N, weight file, or a model of the hub")
     add("loras", nargs="+", metavar="lora", help="adapter folder, file or hub id")

@@ -8,14 +8,14 @@ The run's config needs posthoc_ema=dict(snapshot_every_steps=...). OUTPUT is a t
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("work_dir", type=Path, help="folder of the run")
     parser.add_argument(
         "--sigma_rel", type=float, required=True, help="length of the average as a share of the training, in (0, 0.288)"

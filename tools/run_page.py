@@ -8,13 +8,12 @@ Reads metrics.jsonl, config.json and validation/ of the run's folder; the run kn
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("work_dir", help="--work-dir of the run")
     parser.add_argument("--port", type=int, default=6007, help="(%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines see it (%(default)s)")

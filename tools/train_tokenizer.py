@@ -7,19 +7,19 @@ Texts come from `tools/build_text_corpus.py` (or a plain text file, one text a l
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--texts", type=Path, required=True, help="teacher file of build_text_corpus.py, or a .txt file"
     )
     parser.add_argument("--output", type=Path, required=True, help="tokenizer folder to write")
-    parser.add_argument("--vocab-size", type=int, default=6000, help="pieces, special tokens included (default 6000)")
+    parser.add_argument("--vocab-size", type=int, default=6000, help="pieces, special tokens included")
     args = parser.parse_args()
 
     from diffusion.text.tokenizer import train_tokenizer

@@ -9,19 +9,19 @@ of diffusers; with --pipeline_load_from one picture is drawn. Exit code 2: a che
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import CheckpointError, run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("path", help="file, diffusers folder or hub id")
     add("--name", help="the published model it is, when its file name does not say")
     add("--pipeline_load_from", help="pipeline folder with tokenizer, T5 and VAE, for one picture")
-    add("--picture", default="verified.png", help="where the picture goes (default: %(default)s)")
+    add("--picture", default="verified.png", help="where the picture goes")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the picture")
     add("--output", type=Path, help="also write the text to this file")

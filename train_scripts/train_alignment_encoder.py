@@ -10,14 +10,14 @@ takes its place in the second command.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="ImageFolder with metadata.jsonl, whose rows have a concept")
     add("--output", type=Path, required=True, help="new folder of the encoder")

@@ -7,23 +7,23 @@ Example: python train_scripts/train_text_encoder.py --tokenizer output/pretraine
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tools/train_tokenizer.py")
     parser.add_argument("--teacher-embeddings", type=Path, required=True, help="file of tools/build_text_corpus.py")
     parser.add_argument("--output", type=Path, required=True, help="text_encoder folder; metrics are written beside it")
     parser.add_argument("--captions", type=Path, help="folder of tools/add_captions.py: its captions name pictures")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
-    parser.add_argument("--batch-size", type=int, default=1024, help="texts a step (default 1024)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 0.002)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=1024, help="texts a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     args = parser.parse_args()
 
     from diffusion.training.text_corpus import read_rows

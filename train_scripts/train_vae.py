@@ -6,33 +6,35 @@ Example: python train_scripts/train_vae.py --data data/emoji --output output/pre
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="ImageFolder with metadata.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="vae folder; metrics are written beside it")
-    length = parser.add_mutually_exclusive_group(required=True)
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, required=True, help="ImageFolder with metadata.jsonl")
+    add("--output", type=Path, required=True, help="vae folder; metrics are written beside it")
+    length = parser.add_argument_group("length").add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="optimiser steps")
     length.add_argument("--seconds", type=float, help="wall time of the training loop in seconds")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures a step (default 64)")
-    parser.add_argument("--crop", type=int, default=256, help="side of the training crops in pixels (default 256)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 0.001)")
-    parser.add_argument("--kl-weight", type=float, default=1e-5, help="factor of the KL term (default 1e-5)")
-    parser.add_argument("--detail-weight", type=float, default=0.0, help="factor of the fine-detail term (default 0)")
-    parser.add_argument(
-        "--latent-noise", type=float, default=0.0, help="the decoder sees latents disturbed by up to this many std"
-    )
-    parser.add_argument("--start", type=Path, help="go on from this vae folder")
-    parser.add_argument("--decoder-only", action="store_true", help="with --start: keep its encoder and latents")
-    parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network (warm-up counts as time)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, default=64, help="pictures a step")
+    add("--crop", type=int, default=256, help="side of the training crops in pixels")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--kl-weight", type=float, default=1e-5, help="factor of the KL term")
+    add("--detail-weight", type=float, default=0.0, help="factor of the fine-detail term")
+    add("--latent-noise", type=float, default=0.0, help="the decoder sees latents disturbed by up to this many std")
+    add = parser.add_argument_group("start").add_argument
+    add("--start", type=Path, help="go on from this vae folder")
+    add("--decoder-only", action="store_true", help="with --start: keep its encoder and latents")
+    add = parser.add_argument_group("running").add_argument
+    add("--limit", type=int, help="use only the first pictures of each split")
+    add("--compile", action="store_true", help="torch.compile the network (warm-up counts as time)")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--seed", type=int, default=0, help="of weights, order and crops")
     args = parser.parse_args()
 
     from diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED, HED, MEMORY_HELP
 
 ENVIRONMENT_HELP = """
@@ -25,15 +24,13 @@ environment variables:
 """
 
 
-def app_parser(description: str | None) -> argparse.ArgumentParser:
+def app_parser(description: str | None) -> ArgumentParser:
     """The parser of app/app.py and app/app_512.py, which the other pages extend."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=description,
         epilog=ENVIRONMENT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model_path", help="pipeline folder, checkpoint-N or weight file; when absent the page's official model")
     add("--pipeline_load_from", default=BUNDLED, help="tokenizer, T5 and VAE for a model that has none (%(default)s)")
     add("--t5_path", help="folder of T5 with its tokenizer, in place of the pipeline's")
@@ -43,13 +40,14 @@ def app_parser(description: str | None) -> argparse.ArgumentParser:
     add("--memory", default="auto", help=MEMORY_HELP)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of T5 and transformer")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
+    add = parser.add_argument_group("page").add_argument
     add("--port", type=int, help="when absent DEMO_PORT, else 15432")
     add("--host", help="when absent DEMO_HOST, else 127.0.0.1")
     parser.set_defaults(controlnet=None, hed=None)
     return parser
 
 
-def lcm_app_parser(description: str | None) -> argparse.ArgumentParser:
+def lcm_app_parser(description: str | None) -> ArgumentParser:
     """The parser of app/app_lcm.py."""
     parser = app_parser(description)
     add = parser.add_argument
@@ -59,7 +57,7 @@ def lcm_app_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def controlnet_app_parser(description: str | None) -> argparse.ArgumentParser:
+def controlnet_app_parser(description: str | None) -> ArgumentParser:
     """The parser of app/app_controlnet.py."""
     parser = app_parser(description)
     add = parser.add_argument
@@ -69,14 +67,14 @@ def controlnet_app_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def interface_parser(description: str | None) -> argparse.ArgumentParser:
+def interface_parser(description: str | None) -> ArgumentParser:
     """The parser of scripts/interface.py."""
     parser = app_parser(description)
     parser.add_argument("--llm_model", default="t5", choices=("t5",), help="text encoder (%(default)s)")
     return parser
 
 
-def interface_controlnet_parser(description: str | None) -> argparse.ArgumentParser:
+def interface_controlnet_parser(description: str | None) -> ArgumentParser:
     """The parser of scripts/interface_controlnet.py."""
     parser = controlnet_app_parser(description)
     add = parser.add_argument

@@ -5,18 +5,19 @@ Nothing here imports torch, so --help is instant.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from diffusion.config.arguments import ArgumentParser
 
 # The original's liuhaotian/LLaVA-Lightning-MPT-7B-preview needs code that transformers does not have.
 DEFAULT_CAPTIONER = "llava-hf/llava-1.5-7b-hf"
 PROMPTS = ("auto", "describe", "refine")
 
 
-def captioning_parser(description: str | None) -> argparse.ArgumentParser:
+def captioning_parser(description: str | None) -> ArgumentParser:
     """Arguments of `tools/VLM_caption_lightning.py`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument_group("pictures").add_argument
     add("--output", type=Path, required=True, help="folder of NAME.txt, captions.json and rejected.jsonl")
     add("--data-root", type=Path, default=Path("."), help="folder of the pictures (default: %(default)s)")
     add(
@@ -24,6 +25,7 @@ def captioning_parser(description: str | None) -> argparse.ArgumentParser:
         help="JSON list of path and prompt, or text file of one picture a line (default: all pictures in --data-root, "
         "with the text beside each as its prompt)",
     )  # fmt: skip
+    add = parser.add_argument_group("captioner").add_argument
     add(
         "--model-path", default=DEFAULT_CAPTIONER,
         help="image-text model of transformers, a folder or a hub id (default: %(default)s)",
@@ -42,6 +44,7 @@ def captioning_parser(description: str | None) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.2, help="of sampling; 0 takes the likeliest (default: %(default)s)")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--max-new-tokens", type=int, default=512, help="of a caption (default: %(default)s)")
+    add = parser.add_argument_group("running").add_argument
     add("--batch-size", type=int, default=32, help="pictures a call (default: %(default)s)")
     add("--limit", type=int, help="first so many pictures")
     add(

@@ -6,12 +6,10 @@ import argparse
 import os
 from typing import Any
 
+from diffusion.config.arguments import ArgumentParser
+
 CLOUD_DATA_ROOT = "/data/data"
 _EXAMPLE = "python train_scripts/train.py configs/emoji/emoji_256.py --work-dir output/my-run"
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of description and example."""
 
 
 class _Debug(argparse.Action):
@@ -49,19 +47,18 @@ def add_hub_flags(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="a token that may write; better: `hf auth login`, as others see arguments")
 
 
-def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.ArgumentParser:
+def train_parser(description: str | None, example: str = _EXAMPLE) -> ArgumentParser:
     """The parser of a training script; scripts add their own flags to it.
 
     `config_overrides(args)` turns the flags that are config keys into overrides for `load_config`.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}\n\nA .py config is a program: it runs with your rights.",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("config", help="config file (.py)")
+    add = parser.add_argument_group("run").add_argument
     add("--work-dir", "--work_dir", help="folder of logs and checkpoints, instead of the config's work_dir")
     add("--resume-from", "--resume_from", help="checkpoint folder to continue, or 'latest' of the work-dir")
     add(
@@ -80,7 +77,7 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.A
         metavar="KEY=VALUE",
         help="override config keys, e.g. optimizer.lr=1e-4 max_steps=100",
     )
-    roots = parser.add_mutually_exclusive_group()
+    roots = parser.add_argument_group("data").add_mutually_exclusive_group()
     roots.add_argument("--data-root", "--data_root", help="folder of the data, instead of the config's data_root")
     roots.add_argument(
         "--cloud",
@@ -90,6 +87,7 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.A
         default=argparse.SUPPRESS,
         help=f"short for --data-root {CLOUD_DATA_ROOT}",
     )
+    add = parser.add_argument_group("reporting").add_argument
     add(
         "--report_to",
         "--report-to",
@@ -99,6 +97,7 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> argparse.A
     )
     add("--tracker_project_name", default="text2image-fine-tune", help="TensorBoard run name")
     add("--loss_report_name", default="loss", help="TensorBoard tag of the training loss")
+    add = parser.add_argument_group("launching").add_argument
     add(
         "--local-rank",
         "--local_rank",

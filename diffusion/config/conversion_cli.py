@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from diffusion.config.arguments import ArgumentParser
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -15,22 +17,14 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def conversion_parser(description: str | None) -> argparse.ArgumentParser:
+def conversion_parser(description: str | None) -> ArgumentParser:
     """Flags of both converters to diffusers: those of PixArt-alpha's tool and those of PixArt-Sigma's."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument_group("files").add_argument
     add("--orig_ckpt_path", required=True, help="native .pth or safetensors file, or any other checkpoint")
     add("--dump_path", required=True, help="new folder; the network goes to DUMP_PATH/transformer")
-    add("--image_size", type=int, help="training size in px, checked against the file; needed when it does not tell")
+    add = parser.add_argument_group("what is written").add_argument
     add("--only_transformer", type=boolean, default=True, help="False: a whole pipeline (default: True)")
-    add("--multi_scale_train", type=boolean, help="checked against the file: True wants size conditions at 1024 px")
-    add("--micro_condition", action="store_true", help="checked against the file: it must have size conditions")
-    add("--qk_norm", action="store_true", help="checked against the file")
-    add("--kv_compress", action="store_true", help="checked against the file")
-    add("--version", choices=("alpha", "sigma"), help="for files that do not tell; most do")
-    add("--num_heads", type=int, help="attention heads of a native file with a width of its own")
     add("--ema", action="store_true", help="convert state_dict_ema, the averaged weights")
     add("--dtype", choices=DTYPES, help="of the written weights (default: as in the file)")
     add(
@@ -42,4 +36,12 @@ def conversion_parser(description: str | None) -> argparse.ArgumentParser:
         "--single_file",
         help="also write one safetensors file in native names with ModelSpec metadata, as ComfyUI reads",
     )
+    add = parser.add_argument_group("what the file is, checked against it").add_argument
+    add("--image_size", type=int, help="training size in px, checked against the file; needed when it does not tell")
+    add("--multi_scale_train", type=boolean, help="checked against the file: True wants size conditions at 1024 px")
+    add("--micro_condition", action="store_true", help="checked against the file: it must have size conditions")
+    add("--qk_norm", action="store_true", help="checked against the file")
+    add("--kv_compress", action="store_true", help="checked against the file")
+    add("--version", choices=("alpha", "sigma"), help="for files that do not tell; most do")
+    add("--num_heads", type=int, help="attention heads of a native file with a width of its own")
     return parser

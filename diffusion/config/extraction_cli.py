@@ -8,22 +8,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import HED
 
 DEFAULT_PRETRAINED = Path("output/pretrained_models/emoji-256")
 
 
-def extraction_parser(
-    description: str | None, *, captions: bool = True, pictures: bool = True
-) -> argparse.ArgumentParser:
+def extraction_parser(description: str | None, *, captions: bool = True, pictures: bool = True) -> ArgumentParser:
     """Arguments of a program that extracts captions, pictures or both.
 
     Args:
         captions, pictures: what the program writes into the original's layout.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description)
     add = parser.add_argument
     add("source", nargs="?", help="pictures with captions: a folder, index, tar, parquet, or hub:OWNER/NAME")
+    add = parser.add_argument_group("where").add_argument
     if captions and pictures:
         add(
             "--condition", metavar="hed|canny|FOLDER",
@@ -40,10 +40,12 @@ def extraction_parser(
         "--pretrained", "--pretrained_models_dir", type=Path, default=DEFAULT_PRETRAINED,
         help="diffusers pipeline folder, or the original's with t5_ckpts and sd-vae-ft-ema (default: %(default)s)",
     )  # fmt: skip
+    add = parser.add_argument_group("features").add_argument
     add("--image-size", "--img_size", type=int, help="px (default: 256; 512 into the original's layout)")
-    add_bucket_arguments(parser)
+    add_bucket_arguments(parser.add_argument_group("aspect-ratio buckets"))
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of storage (default: %(default)s)")
     add("--max-length", "--max_length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
+    add = parser.add_argument_group("batches and pictures").add_argument
     add("--batch-size", "--batch_size", type=int, default=16, help="pictures a VAE call (default: %(default)s)")
     add("--token-budget", type=int, default=16384, help="tokens a T5 call (default: %(default)s)")
     add(
@@ -69,7 +71,7 @@ def extraction_parser(
     return parser
 
 
-def add_bucket_arguments(parser: argparse.ArgumentParser) -> None:
+def add_bucket_arguments(parser: argparse._ArgumentGroup) -> None:
     """Arguments that say what size a picture is resized and cropped to, beside --image-size."""
     add = parser.add_argument
     add("--multi-scale", "--multi_scale", action="store_true", help="aspect-ratio buckets instead of a square")

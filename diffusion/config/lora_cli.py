@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from diffusion.config.arguments import ArgumentParser
 from diffusion.config.cli import add_hub_flags
 
 _EXAMPLE = """example:
@@ -30,15 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["lora-8gb"] = {**PRESETS["lora-12gb"], "base_dtype": "int8"}
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of description and example."""
-
-
-def lora_parser(description: str | None) -> argparse.ArgumentParser:
+def lora_parser(description: str | None) -> ArgumentParser:
     """The parser of the LoRA program."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=_EXAMPLE, formatter_class=_Formatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=description, epilog=_EXAMPLE)
     _add_model_and_data(parser)
     _add_adapter(parser)
     _add_training(parser)
@@ -58,7 +53,7 @@ def parse_lora_args(description: str | None, argv: Sequence[str] | None = None) 
 
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="diffusers pipeline folder, or a model of the hub")
     add("--revision", help="not offered: give the folder of the revision")
     add("--variant", help="not offered: give a folder with the usual files")
@@ -76,7 +71,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("adapter").add_argument
     add("--preset", choices=tuple(PRESETS), help="defaults for a card of that size: 512 px, batch 4 in steps of 1, ...")
     add("--rank", type=int, default=4, help="rank of the adapter")
     add("--lora_alpha", type=float, default=8.0, help="strength: the change is scaled by alpha / rank")
@@ -91,7 +86,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=43, help="every random draw of the run is a function of it")
     add("--train_batch_size", type=int, default=16, help="per process")
     add("--num_train_epochs", type=int, default=100, help="passes over the data; --max_train_steps may end it earlier")
@@ -124,7 +119,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("results").add_argument
     add("--output_dir", default="pixart-model-finetuned-lora", help="run folder; the adapter is in it at the end")
     add("--logging_dir", help="TensorBoard files are in <output_dir>/logs; another folder is not offered")
     add("--report_to", default="tensorboard", help="tensorboard or none, beside metrics.jsonl")

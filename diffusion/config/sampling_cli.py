@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from diffusion.config.arguments import ArgumentParser
+
 BUNDLED = "output/pretrained_models/emoji-256"
 HED = "output/pretrained_models/ControlNetHED.pth"
 MEMORY_HELP = (
@@ -12,21 +14,17 @@ MEMORY_HELP = (
 )
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of the description."""
-
-
-def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.ArgumentParser:
+def sampling_parser(description: str | None, *, lcm: bool = False) -> ArgumentParser:
     """The parser of scripts/inference.py, or with `lcm` of scripts/inference_lcm.py.
 
     The flags of the original keep their names; --tokenizer_path is the VAE, as it is there.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
-    _add_model(parser)
-    _add_prompts(parser)
-    _add_picture(parser)
-    _add_control(parser)
-    add = parser.add_argument
+    parser = ArgumentParser(description=description)
+    _add_model(parser.add_argument_group("model"))
+    _add_prompts(parser.add_argument_group("prompts"))
+    _add_picture(parser.add_argument_group("picture"))
+    _add_control(parser.add_argument_group("ControlNet"))
+    add = parser.add_argument_group("sampling").add_argument
     if lcm:
         add("--sample_steps", type=int, default=4, help="solver steps, 1 to 50; distilled models need 4 to 8")
         add("--cfg_scale", type=float, default=1.0, help="guidance; distillation has built it in, so 1 = none")
@@ -42,6 +40,7 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.A
     add("--null_caption", help="t5_empty, or stored; when absent stored for native official files, else t5_empty")
     add("--seed", type=int, default=0, help="of the first picture; picture k of all has seed + k")
     add("--bs", type=int, default=1, help="pictures at a time; does not change them")
+    add = parser.add_argument_group("output").add_argument
     add("--output", help="folder of the pictures; when absent output/samples/NAME")
     add("--save_name", help="NAME of the folder in output/samples; when absent date, dataset, solver, steps, ...")
     add("--dataset", default="custom", help="a word for NAME")
@@ -50,7 +49,7 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> argparse.A
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("--model_path", default=BUNDLED, help="diffusers pipeline folder, a checkpoint-N folder, or a weight file")
     add("--pipeline_load_from", default=BUNDLED, help="tokenizer, T5 and VAE for a model that has none")
@@ -64,7 +63,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
+def _add_prompts(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("--prompt", action="append", help="a prompt; repeat for several; instead of --txt_file")
     add("--txt_file", default="asset/samples.txt", help="one prompt a line, UTF-8; --ar 9:16 or --hw 512:768 in it")
@@ -74,7 +73,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add("--num_images", type=int, default=1, help="pictures a prompt")
 
 
-def _add_picture(parser: argparse.ArgumentParser) -> None:
+def _add_picture(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("--image_size", type=int, help="px, height and width; the model's own when absent")
     add("--height", type=int, help="px, overrides --image_size")
@@ -85,7 +84,7 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=float, help="0..1, share of the steps that repaint --image; when absent 0.6, with --mask 1")
 
 
-def _add_control(parser: argparse.ArgumentParser) -> None:
+def _add_control(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("--control_image", help="a picture whose edges are followed; edges already, white on black, unless --hed")
     add("--controlnet", help="ControlNet file for the model; not needed where --model_path is a ControlNet file")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.test_readme import ROOT, checkout, run
+from tests.house.test_readme import ROOT, run
 
-__all__ = ["checkout"]  # the fixture
 PAGE = (ROOT / "docs/finetuning-distill-control.md").read_text(encoding="utf-8")
 TRAINING = (
     "--report_to none --cfg-options train_batch_size=2 max_steps=1 num_workers=0 mixed_precision=no "

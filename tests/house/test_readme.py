@@ -43,17 +43,6 @@ def commands() -> list[str]:
     return [" ".join(shlex.split(line, comments=True, posix=False)) for line in text.splitlines() if line.strip()]
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """This repository with an output folder of its own."""
-    for path in ROOT.iterdir():
-        if path.name not in ("output", ".git"):
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output/pretrained_models").symlink_to(ROOT / "output/pretrained_models")
-    return tmp_path
-
-
 def run(command: list[str], folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
