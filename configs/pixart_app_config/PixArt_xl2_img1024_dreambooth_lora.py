@@ -1,5 +1,6 @@
 # Purpose: DreamBooth by an adapter: teach the 1024 px model one subject with a file of some MB; see --load-from.
-# Data, batch: as PixArt_xl2_img1024_dreambooth.py.
+# Data: as PixArt_xl2_img1024_dreambooth.py.
+# Batch: as there.
 # Hardware: one CUDA GPU per process; the frozen weights are kept in bf16.
 _base_ = ["PixArt_xl2_img1024_dreambooth.py"]
 lora = dict(rank=16, alpha=16.0)

@@ -93,7 +93,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=int, help="optimiser steps; when absent --num_train_epochs alone counts")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
-    add("--learning_rate", type=float, default=1e-6, help="the original's default, too low for most data: try 1e-4")
+    add("--learning_rate", type=float, default=1e-6, help="as in the original, too low for most data: try 1e-4")
     add("--scale_lr", action="store_true", help="multiply the learning rate by batch, accumulation and processes")
     add("--lr_scheduler", choices=("constant", "constant_with_warmup", "cosine"), default="constant", help="schedule")
     add("--lr_warmup_steps", type=int, default=0, help="optimiser steps of warm-up, with any schedule")
@@ -109,7 +109,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--proportion_empty_prompts",
         type=float,
         default=0.1,
-        help="captions replaced by the empty one, so that guidance keeps working; the original's default was 0",
+        help="captions replaced by the empty one, so that guidance keeps working; the original replaced none",
     )
     add("--prediction_type", choices=("epsilon",), help="what the network predicts; PixArt predicts the noise")
     add("--noise_offset", type=float, default=0.0, help="size of noise that is constant over a latent channel")

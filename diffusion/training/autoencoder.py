@@ -275,7 +275,7 @@ def _fit(
         step += 1
         if cuda and config.seconds is not None and step % 8 == 0:
             torch.cuda.synchronize()  # the host runs ahead of the device: without this the time limit would be late
-    vae.load_state_dict(average.tensors)
+    vae.load_state_dict(average.tensors, strict=False)  # what is frozen is as it was
     return step
 
 

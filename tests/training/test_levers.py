@@ -144,7 +144,12 @@ def test_a_checkpoint_says_what_it_predicts(options: list[str], config_file: Pat
     with pytest.raises(CheckpointError, match=f"predicts {kind}, this run epsilon; set process.prediction_type"):
         build_network(load_config(config_file, [*SMALL, "pred_sigma=False"]), checkpoint)
     with pytest.raises(CheckpointError, match=f"predicts {kind}, this run epsilon"):
-        run(load_config(config_file, [*SMALL, "pred_sigma=False"]), tmp_path / "run", resume_from="latest")
+        run(
+            load_config(config_file, [*SMALL, "pred_sigma=False"]),
+            tmp_path / "run",
+            resume_from="latest",
+            allow_config_change=True,
+        )
 
     pipeline = PixArtPipeline.from_pretrained(parts / "pipe", transformer=checkpoint)
     pipeline.set_progress_bar_config(disable=True)
