@@ -97,6 +97,7 @@ def test_presets(tmp_path: Path) -> None:
     assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_saving(tmp_path: Path) -> None:
     out = tmp_path / "saving.json"
     run("benchmarks/bench_saving.py", "--width", 64, "--depth", 1, "--saves", 2, "--out", out)
@@ -171,6 +172,7 @@ def test_lora_proof(few_pictures: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_dreambooth_proof(few_pictures: Path, tmp_path: Path) -> None:
     result = run_proof("finetune_dreambooth", few_pictures, tmp_path)
     assert [row["prior_preservation"] for row in result["rows"]] == [True, False]

@@ -117,10 +117,12 @@ def with_optimizer(config_file: Path, section: str) -> Path:
 @pytest.mark.parametrize(
     "section",
     [
-        "type='Muon', lr=2e-3, weight_decay=0.01",
+        pytest.param("type='Muon', lr=2e-3, weight_decay=0.01", marks=pytest.mark.slow),
         "type='Lion', lr=3e-4",
-        "type='CAMEWrapper', lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16)",
-        "type='Prodigy', lr=1.0",
+        pytest.param(
+            "type='CAMEWrapper', lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16)", marks=pytest.mark.slow
+        ),
+        pytest.param("type='Prodigy', lr=1.0", marks=pytest.mark.slow),
         "type='SGD', lr=0.05, momentum=0.9",
     ],
 )

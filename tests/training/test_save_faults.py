@@ -71,6 +71,7 @@ def save(saver: Saver, step: int) -> None:
     saver.save({}, checkpoint=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_operation_a_save_leaves_the_old_state_or_the_new_one(saver: Saver, tmp_path: Path) -> None:
     def job() -> None:
         save(saver, 3)

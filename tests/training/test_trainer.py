@@ -123,6 +123,7 @@ def test_two_processes_equal_one(launcher: str, config_file: Path, tmp_path: Pat
     assert len([*(tmp_path / "two/posthoc_ema").iterdir()]) == 4
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_74_and_keeps_what_was_saved(config_file: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 1 MB, as on a full disk; a checkpoint of this model has larger ones."""
     assert run_program(train_program(config_file, tmp_path / "run", "max_steps=3")).returncode == 0
