@@ -27,7 +27,8 @@ from diffusion.checkpoints.hub import hub_folder, parse_hub_id
 from diffusion.errors import CheckpointError, ConfigError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 LAYOUTS = ("peft", "diffusers", "comfyui")
