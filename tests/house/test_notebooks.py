@@ -12,7 +12,8 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["train.ipynb", "convert-checkpoint-to-diffusers.ipynb", "infer.ipynb"]  # each uses what the one before left
+# Each uses what the one before left, but for the last.
+NAMES = ["train.ipynb", "convert-checkpoint-to-diffusers.ipynb", "infer.ipynb", "lora.ipynb"]
 SMALL = {"LIMIT": "12", "STEPS": "2", "SOLVER_STEPS": "2", "BATCH": "4", "PROMPTS": '["red apple"]', "SEEDS": "[0]"}
 
 
@@ -64,8 +65,9 @@ def test_notebooks_run_in_order(checkout: Path, monkeypatch: pytest.MonkeyPatch)
         assert not [output for output in outputs if output.output_type == "error"]
         shown[name] = [data for output in outputs if (data := output.get("data")) is not None]
     pictures = {name: sum("image/png" in data for data in datas) for name, datas in shown.items()}
-    assert pictures == {"train.ipynb": 4, "convert-checkpoint-to-diffusers.ipynb": 1, "infer.ipynb": 1}
+    assert pictures == {"train.ipynb": 4, "convert-checkpoint-to-diffusers.ipynb": 1, "infer.ipynb": 1, "lora.ipynb": 1}
     tables = [data["text/markdown"] for data in shown["train.ipynb"] if "text/markdown" in data]
     assert len(tables) == 1 and tables[0].count("\n") == 3  # heads and two steps
     assert (checkout / "output/notebook/diffusers/transformer/config.json").is_file()
+    assert (checkout / "output/notebook/lora/comfyui_lora.safetensors").is_file()
     assert (checkout / "output/notebook/comparison.png").stat().st_size > 10_000
