@@ -45,10 +45,9 @@ def main() -> None:
         config = load_config(args.config, config_overrides(args), choices={"model": registered_models})
         sys.exit(check_up(config, args.work_dir or config.work_dir))
 
-    from diffusion.training.family import Family
     from diffusion.training.program import train
 
-    train(args, Family())
+    train(args)
 
 
 if __name__ == "__main__":

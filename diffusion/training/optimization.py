@@ -155,7 +155,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: parameters and buffers, or where some parameters are frozen the others alone."""
     state: dict[str, Tensor] = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return state if len(trained) == len(list(model.parameters())) else {name: state[name] for name in trained}
+    if len(trained) == len(list(model.parameters())):
+        return state
+    return {name: tensor for name, tensor in state.items() if name in trained}  # in one order on all processes
 
 
 class WeightAverage:

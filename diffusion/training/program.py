@@ -7,20 +7,23 @@ from collections.abc import Sequence
 
 from diffusion.config import config_overrides, load_config
 from diffusion.models import model_names
+from diffusion.training.adapter_family import family_of
 from diffusion.training.family import Family
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
 from diffusion.training.trainer import Reporting, Trainer
 
 
-def train(args: argparse.Namespace, family: Family, overrides: Sequence[str] = ()) -> None:
+def train(args: argparse.Namespace, family: Family | None = None, overrides: Sequence[str] = ()) -> None:
     """Run a training program: arguments of `train_parser`.
 
     Args:
+        family: None = what the config asks for.
         overrides: of config keys, by flags of the program's own.
     Raises:
         PixArtError: see `load_config` and `Trainer`.
     """
     config = load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names})
+    family = family or family_of(config)
     require_account_if_asked(args)
     trainer = Trainer(
         config,

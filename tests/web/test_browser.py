@@ -101,6 +101,7 @@ def test_generate_download_and_reuse(tab: Tab, tmp_path: Path) -> None:
     assert "2 pictures in" in page.locator("#stage").inner_text()
     seed = int(tab.drawn)
     thumbnails = page.locator("#gallery [data-testid^='thumbnail ']")
+    thumbnails.nth(1).wait_for()
     assert thumbnails.count() == 2
     with page.expect_download() as caught:
         page.locator("#download").click()
