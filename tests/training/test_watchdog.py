@@ -15,7 +15,7 @@ from diffusion.config import load_config
 from diffusion.ranks import Ranks
 from diffusion.training.watchdog import Heartbeat, Watchdog, _Seen, is_communication_error
 from tests.training.parallel_worker import SMALL
-from tests.training.test_trainer import free_port, train_program
+from tests.training.test_trainer import train_program
 from tests.training.tiny_run import ROOT, curve, run
 
 OPTIONS = [
@@ -70,7 +70,8 @@ def test_death_and_failure_are_told_apart() -> None:
 def launch(
     config_file: Path, work_dir: Path, fault: str, *flags: str
 ) -> tuple[subprocess.CompletedProcess[str], float]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", *flags]
+    # A rendezvous of its own for every start: with a fixed port a restart may meet the addresses of those that died.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
     program = train_program(config_file, work_dir, *OPTIONS, "resume_from.checkpoint=latest")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault}
     return subprocess.run(
