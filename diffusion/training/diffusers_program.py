@@ -39,6 +39,7 @@ def train_diffusers(args: argparse.Namespace) -> Path:
         denoising_objective,
         args.work_dir or config.work_dir,
         resume_from=args.resume_from,
+        allow_config_change=args.allow_config_change,
         reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
     )
     LOGGER.info("the network is that of %s, whatever the config says of it", model)

@@ -22,11 +22,10 @@ from diffusion.features.sources import PictureFile, Sample, Source
 from diffusion.features.sources.folder import find_pictures
 from diffusion.inference.batch import load_pipeline, sample_to_folder
 from diffusion.ranks import Ranks
-from diffusion.training.building import denoising_objective
-from diffusion.training.publishing import publish_if_asked, require_account_if_asked
+from diffusion.training.program import train_config
+from diffusion.training.publishing import require_account_if_asked
 from diffusion.training.run_features import extract_for_run
 from diffusion.training.run_log import LOGGER, configure_logging
-from diffusion.training.trainer import Reporting, Trainer
 from diffusion.training.work_dir import refuse_existing_run
 
 _DRAWN_AT_ONCE = 8
@@ -64,17 +63,7 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
         if resume_from is None:
             refuse_existing_run(work_dir)
     configure_logging(work_dir, is_main=ranks.is_main)
-    trainer = Trainer(
-        with_features(config, work_dir, ranks),
-        denoising_objective,
-        work_dir,
-        resume_from=resume_from,
-        reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
-        ranks=ranks,
-    )
-    trainer.fit()
-    publish_if_asked(args, work_dir, is_main=ranks.is_main)
-    return work_dir
+    return train_config(args, with_features(config, work_dir, ranks), ranks=ranks)
 
 
 def check_prompts(config: TrainConfig) -> None:

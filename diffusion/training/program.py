@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from diffusion.config import config_overrides, load_config
+from diffusion.config import TrainConfig, config_overrides, load_config
 from diffusion.models import model_names
+from diffusion.ranks import Ranks
 from diffusion.training.adapter_family import family_of
 from diffusion.training.family import Family
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
@@ -22,7 +24,15 @@ def train(args: argparse.Namespace, family: Family | None = None, overrides: Seq
     Raises:
         PixArtError: see `load_config` and `Trainer`.
     """
-    config = load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names})
+    train_config(
+        args, load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names}), family
+    )
+
+
+def train_config(
+    args: argparse.Namespace, config: TrainConfig, family: Family | None = None, ranks: Ranks | None = None
+) -> Path:
+    """Train and upload what a config says; the flags say where and how. Returns the run folder."""
     family = family or family_of(config)
     require_account_if_asked(args)
     trainer = Trainer(
@@ -30,10 +40,11 @@ def train(args: argparse.Namespace, family: Family | None = None, overrides: Seq
         family.objective,
         args.work_dir or config.work_dir,
         resume_from=args.resume_from,
-        load_from=args.load_from,
         allow_config_change=args.allow_config_change,
         reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
+        ranks=ranks,
         family=family,
     )
     trainer.fit()
     publish_if_asked(args, trainer.work_dir, is_main=trainer.ranks.is_main)
+    return trainer.work_dir

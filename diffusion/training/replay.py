@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from diffusion.checkpoints import write_transformer
 from diffusion.checkpoints.training_state import require_free_space
 from diffusion.config import TrainConfig, config_from_json
 from diffusion.data import AspectRatioBatchSampler, SampleKey, collate
@@ -19,7 +18,9 @@ from diffusion.errors import CheckpointError, StorageError
 from diffusion.objectives import Objective
 from diffusion.process import keyed_timesteps
 from diffusion.ranks import Ranks
-from diffusion.training.building import build_network, build_training_data
+from diffusion.training.adapter_family import family_of
+from diffusion.training.building import build_training_data
+from diffusion.training.family import Family
 from diffusion.training.optimization import global_norm
 from diffusion.training.parallel import AUTOCAST
 from diffusion.training.run_log import LOGGER
@@ -40,6 +41,7 @@ class StepRecorder:
     dataset: Any
     network: Any
     folder: Path
+    family: Family
     recorded: int = 0
 
     def record(self, step: int, facts: StepFacts) -> Path:
@@ -49,14 +51,14 @@ class StepRecorder:
         self.recorded += 1
         tensors = None
         if keeps_weights and (self.ranks.is_main or is_sharded(self.network)):
-            tensors = gather(self.network.state_dict(), keep=self.ranks.is_main)
+            tensors = gather(self.family.saved(self.network), keep=self.ranks.is_main)
         if self.ranks.is_main:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if tensors is not None:
                     require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-                    kept = ("y_embedder.y_embedding",) if self.config.null_caption == "stored" else ()
-                    write_transformer(tensors, self.network.config, path.parent / "transformer", native_only=kept)
+                    stored = self.config.null_caption == "stored"
+                    self.family.write(tensors, self.network, path.parent, ema=False, stored_null_caption=stored)
                 path.write_text(json.dumps(self._content(step, facts, tensors is not None), indent=1) + "\n")
             except (OSError, StorageError) as error:
                 LOGGER.error("skipped step %d was not recorded: %s", step, error)
@@ -99,7 +101,10 @@ def replay_step(path: str | Path, make_objective: Callable[[TrainConfig, Any], O
     config = config_from_json(json.dumps(content["config"]), str(path))
     dataset = build_training_data(config)
     objective: Any = make_objective(config, dataset)
-    network = build_network(config, path.parent).to(device).train()
+    family = family_of(config)
+    network = family.build_network(config, None, resuming=True)
+    family.restore(network, path.parent, ema=False)
+    network = network.to(device).train()
     print(f"step {content['step']} was skipped with loss {content['loss']}, gradient norm {content['grad_norm']}")
     losses, dtype = [], AUTOCAST[config.mixed_precision]
     for part in content["parts"]:

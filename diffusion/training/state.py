@@ -250,7 +250,6 @@ class averaged_weights:
 
     def __enter__(self) -> PixArt:
         state = self.network.state_dict()
-        state = self.network.state_dict()
         self.raw = {key: state[key].detach().clone() for key in self.average.tensors}  # some families average a part
         self.network.load_state_dict(self.average.tensors, strict=False)
         return self.network

@@ -111,7 +111,9 @@ class Trainer:
         self.model = wrap(network, self.ranks)
         self.faults, self.stragglers = Faults(self.ranks.rank), Stragglers(self.ranks)
         self.watchdog = Watchdog(self.ranks, config.health.hang_timeout_s, self.work_dir / "stacks")
-        recorder = StepRecorder(config, self.ranks, self.sampler, self.dataset, network, self.work_dir / "replay")
+        recorder = StepRecorder(
+            config, self.ranks, self.sampler, self.dataset, network, self.work_dir / "replay", self.family
+        )
         self.state.observe = Health(config, recorder, is_scaled=self.state.scaler.is_enabled()).observe
         self.total_steps = self._total_steps()
 

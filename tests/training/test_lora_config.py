@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from diffusion.adapters import PEFT_WEIGHTS
 from diffusion.config import load_config
 from diffusion.errors import CheckpointError, ConfigError
+from diffusion.training import denoising_objective, replay_step
 from tests.training.tiny_run import curve, run, run_program, weights
 
 OPTIONS = ["lora.rank=2", "hidden_size=32", "num_heads=2", "depth=1", "max_steps=4", "save_model_steps=2"]
@@ -50,6 +51,17 @@ def test_mistakes(config_file: Path, parts: Path, tmp_path: Path) -> None:
         run(other, tmp_path / "run", resume_from="latest")
     with pytest.raises(CheckpointError, match=r"has 17 layers of rank 2, this run 17 layers of rank 3"):
         run(other, tmp_path / "run", resume_from="latest", allow_config_change=True)
+
+
+def test_a_skipped_step_of_an_adapter_is_recorded_and_replayed(
+    config_file: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAULT", "nan@step=2")
+    run(adapter_config(config_file, parts), tmp_path / "run")
+    replay = tmp_path / "run/replay/step-0000002/replay.json"
+    assert (replay.parent / PEFT_WEIGHTS).is_file()
+    replay_step(replay, denoising_objective)
+    assert "the step is finite here" in capsys.readouterr().out
 
 
 @pytest.mark.slow
