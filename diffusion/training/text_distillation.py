@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import CheckpointError, ConfigError, NumericalError
-from diffusion.training.text_names import NamedTexts, naming_loss
+from diffusion.training.text_names import NamedTexts, named_right, naming_loss
 from diffusion.training.text_teacher import TeacherTexts, masked_mean
 
 PAD_ID = 0
@@ -215,6 +215,7 @@ def train_text_encoder(
     history = _fit(student, data, ids, lengths, config, naming, steps=steps, seed=seed, log_every=log_every)
     metrics: dict[str, Any] = {
         **evaluate_student(student, data, ids),
+        **({} if naming is None else naming.figures(student)),
         "parameters": sum(parameter.numel() for parameter in student.encoder.parameters()),
         "steps": steps,
         "seconds": round(time.monotonic() - started, 1),
@@ -235,6 +236,7 @@ class _Naming(nn.Module):
         ids, lengths = tokenize(tokenizer, named.texts, config.max_tokens)
         self.ids, self.lengths, self.owner = ids.to(device), lengths, named.owner.to(device)
         self.labels = nn.Parameter(named.labels.to(device))
+        self.concepts = named.concepts.to(device)
         self.weights, self.config = named.weights, config
         self.order = torch.Generator().manual_seed(seed + 1)
 
@@ -243,6 +245,19 @@ class _Naming(nn.Module):
         rows = chosen.to(self.ids.device)
         _, vectors = student(self.ids[rows, : int(self.lengths[chosen].max())].long())
         return naming_loss(vectors, self.owner[rows], self.labels, self.config.temperature)
+
+    @torch.no_grad()
+    def figures(self, student: TextStudent) -> dict[str, float]:
+        """named_heldout: share of the captions that were never drawn whose nearest label is of their concept."""
+        student.eval()
+        rows = (self.weights == 0).nonzero()[:, 0].to(self.ids.device)
+        if not len(rows):
+            return {}
+        vectors = _sentence_vectors(student, self.ids[rows])
+        return {
+            "named_heldout": named_right(vectors, self.owner[rows], self.labels, self.concepts),
+            "named_texts_heldout": len(rows),
+        }
 
 
 def _fit(

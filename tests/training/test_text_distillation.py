@@ -24,7 +24,7 @@ from diffusion.training.text_distillation import (
     tokenize,
     train_text_encoder,
 )
-from diffusion.training.text_names import named_texts
+from diffusion.training.text_names import named_right, named_texts
 from diffusion.training.text_teacher import (
     TeacherTexts,
     embed_texts,
@@ -262,8 +262,29 @@ def test_captions_of_pictures_come_near_their_labels(
     )
     first, last = metrics["history"][0]["naming"], metrics["history"][-1]["naming"]
     assert last < 0.1 < 1 < first
+    assert "named_heldout" not in metrics  # every caption was drawn
     with pytest.raises(DataError, match="no label"):
         named_texts(rows[-1:], teacher)
+
+
+def test_captions_that_the_corpus_holds_out_measure_naming(
+    tokenizer_folder: Path, teacher: TeacherTexts, tmp_path: Path
+) -> None:
+    kept = [teacher.texts[number] for number in teacher.held_out.tolist()]
+    others = [text for text in teacher.texts if text not in kept]
+    rows = [
+        {"text": label, "concept": label, "split": "train", "captions": [kept[number], others[-1 - number]]}
+        for number, label in enumerate(others[:2])
+    ]
+    named = named_texts(rows, teacher)
+    assert [named.texts[row] for row in (named.weights == 0).nonzero()[:, 0]] == kept[:2]
+    assert named.weights.sum() == pytest.approx(2)
+    metrics = train_text_encoder(
+        tokenizer_folder, teacher, tmp_path / "t", steps=2, config=tiny_config(naming_texts=8), named=named
+    )
+    assert metrics["named_texts_heldout"] == 2 and metrics["named_heldout"] in (0.0, 0.5, 1.0)
+    vectors, labels, concepts = torch.eye(3), torch.eye(3) + 0.1, torch.tensor([0, 0, 1])
+    assert named_right(vectors, torch.tensor([1, 0, 0]), labels, concepts) == pytest.approx(2 / 3)
 
 
 def test_wrong_settings_are_named(teacher: TeacherTexts, tmp_path: Path) -> None:
