@@ -184,3 +184,15 @@ def test_finetuning(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["full", "lora", "dora", "lora int8 base"]
     assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"]
+
+
+@pytest.mark.slow
+def test_fast_sampling(tmp_path: Path) -> None:
+    out = tmp_path / "fast.json"
+    arms = ["plain", "loop", "graph"]
+    options = ["--tiny", "--repeats", 1, "--rows", "256", "1024-lcm", "--arms", *arms, "--stream", 2]
+    run("benchmarks/check_fast_sampling.py", "--out", out, *options)
+    result = json.loads(out.read_text())
+    assert result["all graphs equal their loops"] is True
+    assert all(list(row) == arms and row["graph"]["error"] < 0.1 for row in result["rows"].values())
+    assert min(result["pictures a second, 512 px, batch 8"].values()) > 0

@@ -40,6 +40,7 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> ArgumentPa
     add("--null_caption", help="t5_empty, or stored; when absent stored for native official files, else t5_empty")
     add("--seed", type=int, default=0, help="of the first picture; picture k of all has seed + k")
     add("--bs", type=int, default=1, help="pictures at a time; does not change them")
+    _add_speed(parser.add_argument_group("speed"))
     add = parser.add_argument_group("output").add_argument
     add("--output", help="folder of the pictures; when absent output/samples/NAME")
     add("--save_name", help="NAME of the folder in output/samples; when absent date, dataset, solver, steps, ...")
@@ -61,6 +62,15 @@ def _add_model(parser: argparse._ArgumentGroup) -> None:
     add("--memory", default="auto", help=MEMORY_HELP)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of T5 and transformer")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
+
+
+def _add_speed(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    add("--fast", action="store_true", help="on a card: compiled kernels, CUDA graphs, VAE in bfloat16 if the model is")
+    add("--autotune", action="store_true", help="with --fast: try more kernels, which takes minutes once")
+    add("--fp8", action="store_true", help="with --fast, lossy: large linear layers in 8-bit floating point")
+    add("--guidance_until", type=float, metavar="SHARE", help="with --fast, lossy: guide this share of the steps alone")
+    add("--reuse_every", type=int, metavar="N", help="with --fast, lossy: run all blocks in every N-th step only")
 
 
 def _add_prompts(parser: argparse._ArgumentGroup) -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusion.checkpoints.files import locate
 from diffusion.checkpoints.hub import parse_hub_id
 from diffusion.errors import CheckpointError, DataError, PromptError
+from diffusion.inference.fast import padded_length
 from diffusion.inference.folders import pipeline_folder
 from diffusion.inference.memory import ENCODE_BATCH
 from diffusion.inference.pipeline import PixArtPipeline, StepCallback
@@ -154,12 +155,9 @@ def sample_to_folder(
     captions = _encode(pipeline, todo)
     if free_text_encoder:
         pipeline.free_text_encoder()
-    for batch in _batches(todo, batch_size):
-        output = pipeline(
-            seed=[job.seed for job in batch],
-            callback_on_step_end=callback_on_step_end,
-            **{**batch[0].settings, **_embeddings(batch, captions)},
-        )
+    fast = pipeline.fast_settings is not None
+    batches = list(_batches(todo, batch_size, captions if fast else {}))
+    for batch, output in zip(batches, pipeline.stream(_calls(batches, captions, callback_on_step_end, fill=fast))):
         for job, image in zip(batch, output.images):
             paths[job.number] = save_png(image, job.path, job.recipe)
     done = [paths[job.number] for job in jobs]
@@ -188,6 +186,9 @@ def recipe_facts(pipeline: PixArtPipeline, model: str, *, controlled: bool) -> d
         steering["edge_detector_fingerprint"] = model_fingerprint(pipeline.edge_detector)
     if pipeline.fused_loras:
         steering["loras"] = list(pipeline.fused_loras)
+    fast = pipeline.fast_settings
+    if fast is not None and (changes := fast.changes()):
+        steering["fast"] = changes
     return {
         **steering,
         "model": model,
@@ -233,15 +234,33 @@ def _needs_negative(job: _Job) -> bool:
     return bool(job.recipe["null_caption"] == "t5_empty" and job.recipe["guidance_scale"] > 1)
 
 
-def _batches(jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
-    """Jobs of one size, `batch_size` at a time; the order within a size is kept."""
+def _batches(jobs: Sequence[_Job], batch_size: int, captions: Mapping[str, Tensor]) -> Iterator[list[_Job]]:
+    """Jobs of one size, `batch_size` at a time; the order within a size is kept.
+
+    captions: where given, also of one padded length, since each has its own compiled kernels and graph.
+    """
     groups: dict[Any, list[_Job]] = {}
     for job in jobs:
         drawn = (job.recipe["height"], job.recipe["width"], str(job.recipe.get("drawn_size")))
-        groups.setdefault(drawn, []).append(job)
+        length = padded_length(len(captions[job.prompt])) if captions else None
+        groups.setdefault((drawn, length), []).append(job)
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
+
+
+def _calls(
+    batches: Sequence[list[_Job]], captions: Mapping[str, Tensor], callback: StepCallback | None, *, fill: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the pipeline's call for each batch.
+
+    fill: repeat the last picture of a smaller batch, whose size would be compiled for it alone.
+    """
+    full = max(map(len, batches), default=0)
+    for batch in batches:
+        drawn = batch + [batch[-1]] * (full - len(batch)) if fill else batch
+        seeds = [job.seed for job in drawn]
+        yield {**batch[0].settings, **_embeddings(drawn, captions), "seed": seeds, "callback_on_step_end": callback}
 
 
 def _embeddings(batch: Sequence[_Job], captions: Mapping[str, Tensor]) -> dict[str, Any]:

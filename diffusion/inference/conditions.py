@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Conditions:
     mask: Tensor
     sizes: dict[str, Tensor] = field(default_factory=dict)
     control: Tensor | None = None
+
+    def padded(self, length: int) -> Conditions:
+        """The same with captions of at least `length` tokens."""
+        embeds, mask = pad_captions(self.embeds, self.mask, length)
+        return replace(self, embeds=embeds, mask=mask)
 
 
 def prepare_prompt(text: str, *, clean: bool = False) -> str:

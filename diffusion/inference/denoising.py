@@ -11,10 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusion.errors import NumericalError, PromptError
-from diffusion.inference.solvers import accepts_generator, scheduler_predicts
+from diffusion.inference.solvers import accepts_generator, scheduler_predicts, takes_noise
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
+DENOISED = "the denoised latents"  # name of the stage, for `require_finite`
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,16 @@ class Start:
     first_step: int
 
 
-def denoise(
+def denoise(predict: Prediction, scheduler: Any, noise: Tensor, num_inference_steps: int, **options: Any) -> Tensor:
+    """`integrate`, and a look at the result.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    return require_finite(integrate(predict, scheduler, noise, num_inference_steps, **options), DENOISED)
+
+
+def integrate(
     predict: Prediction,
     scheduler: Any,
     noise: Tensor,
@@ -39,24 +49,26 @@ def denoise(
     on_step: OnStep | None = None,
     start: Start | None = None,
     stop: Callable[[], bool] | None = None,
+    step_noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """Integrate from noise to latents.
 
+    Timesteps and the solver's coefficients stay on the CPU, so that no step waits for the device.
+
     Args:
-        predict: (x_t (B, C, h, w), timestep () on the original scale) -> noise (B, C, h, w), or (B, 2C, h, w) with
-            variance for solvers that take it.
+        predict: (x_t (B, C, h, w), timestep () on the original scale, on the CPU) -> noise (B, C, h, w), or
+            (B, 2C, h, w) with variance for solvers that take it.
         scheduler: a diffusers scheduler; its timesteps are set here.
         noise: (B, C, h, w) of N(0, 1); its dtype (float32) and device are kept throughout.
         generators: one a picture, for solvers that draw noise at every step.
         on_step: called with (step index, timestep, latents) after each step; returns the latents to go on with.
         start: begin from a picture under `noise` (SDEdit, arXiv:2108.01073).
         stop: asked after each step whether to end here.
+        step_noise: of `draw_step_noise`, for solvers that take it so.
     Returns:
         (B, C, h, w) scaled latents.
-    Raises:
-        NumericalError: the result is not finite.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_timesteps(num_inference_steps)
     first = 0 if start is None else start.first_step
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -69,12 +81,26 @@ def denoise(
     scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)  # Euler for flow has neither
     for index, timestep in enumerate(timesteps, start=first):
         prediction = predict(scaled(latents, timestep), timestep)
-        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+        given = {"noise": step_noise[index - first]} if index - first < len(step_noise) else extra
+        latents = scheduler.step(prediction, timestep, latents, **given, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(index, timestep, latents)
         if stop is not None and stop():
             break
-    return require_finite(latents, "the denoised latents")
+    return latents
+
+
+def draw_step_noise(
+    scheduler: Any, noise: Tensor, num_steps: int, generators: list[torch.Generator] | None
+) -> Tensor | None:
+    """(num_steps - 1, B, C, h, w): what a solver adds between steps, drawn ahead; None for those that take none."""
+    if not takes_noise(scheduler) or num_steps < 2:
+        return None
+    drawn = [
+        randn_tensor(noise.shape, generator=generators, device=noise.device, dtype=noise.dtype)
+        for _ in range(num_steps - 1)
+    ]
+    return torch.stack(drawn)
 
 
 def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor | None) -> Tensor:
@@ -85,14 +111,14 @@ def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor | No
     if timestep is None:
         return latents
     if scheduler_predicts(scheduler) == "flow":
-        sigma = timestep.to(latents) / scheduler.config["num_train_timesteps"]
+        sigma = timestep.to(latents.dtype) / scheduler.config["num_train_timesteps"]
         return (1 - sigma) * latents + sigma * noise
-    alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(latents)
+    alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(latents.dtype)
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
 
 def guide(
-    output: Tensor, channels: int, scale: float, *, keep_variance: bool, guided_channels: int | None = None
+    output: Tensor, channels: int, scale: float | Tensor, *, keep_variance: bool, guided_channels: int | None = None
 ) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598): uncond + scale * (cond - uncond).
 

@@ -18,6 +18,7 @@ from diffusion.adapters import (
     unmerge,
 )
 from diffusion.errors import CheckpointError, PromptError
+from diffusion.inference.fp8 import is_quantized
 
 _LOG = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ class LoraAdapters:
     def _require_open(self, what: str) -> None:
         if self.memory_plan is not None:
             raise PromptError(f"{what} before the memory plan is set: the plan has put the weights into blocks")
+        if is_quantized(self.transformer):
+            raise PromptError(f"{what} before the network is put into FP8; load the pipeline again")
 
 
 def fuse_into(pipeline: Any, adapters: Sequence[str], scales: Sequence[float]) -> list[dict[str, Any]]:

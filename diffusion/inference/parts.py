@@ -19,7 +19,9 @@ from diffusion.images import load_vae
 from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
+from diffusion.inference.fast import FastSampling
 from diffusion.inference.folders import load_scheduler, pipeline_folder, save_pipeline
+from diffusion.inference.fp8 import is_quantized
 from diffusion.inference.lora import LoraAdapters, require_plain
 from diffusion.inference.memory import (
     ENCODE_BATCH,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class PipelineParts(LoraAdapters, DiffusionPipeline):
+class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
     """Tokenizer, T5, VAE, native network and scheduler as a pipeline of diffusers, without the drawing.
 
     `controlnet` (or None) is a `ControlPixArt` around `transformer`, and shares its weights; `edge_detector` (or None)
@@ -135,6 +137,8 @@ class PipelineParts(LoraAdapters, DiffusionPipeline):
     ) -> None:
         """Write a new folder that stock diffusers opens; see `save_pipeline`. A ControlNet stays in its own file."""
         require_plain(self.transformer, "the pipeline cannot be saved")
+        if is_quantized(self.transformer):
+            raise CheckpointError("the pipeline cannot be saved with FP8 layers; load it again without fp8")
         if self.controlnet is not None:
             _logger.warning("the ControlNet is not written: diffusers has none for PixArt; keep its file")
         save_pipeline(self, folder, dtype)
@@ -227,7 +231,9 @@ class PipelineParts(LoraAdapters, DiffusionPipeline):
             raise PromptError("this pipeline has no text encoder; give prompt_embeds with prompt_attention_mask")
         limit = self._max_tokens if max_sequence_length is None else max_sequence_length
         self._bring("text_encoder")
-        encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit, device=self.execution_device)
+        device = self.execution_device
+        fast = {} if self._fast is None else self._fast.text_options(self.text_encoder, device, self.memory_plan)
+        encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit, device=device, **fast)
         texts = [prepare_prompt(text, clean=clean_caption) for text in captions]
         parts = []
         for start in range(0, len(texts), ENCODE_BATCH):
@@ -267,6 +273,11 @@ class PipelineParts(LoraAdapters, DiffusionPipeline):
     def _bring(self, name: str) -> None:
         if self._residency is not None:
             self._residency.bring(name)
+            return
+        for part in (name, "controlnet") if name == "transformer" else (name,):
+            module = getattr(self, part)
+            if (hook := getattr(module, "_hf_hook", None)) is not None:  # diffusers' offloading
+                hook.pre_forward(module)  # it waits for `forward`, which solvers do not call
 
 
 def _require_one_model(text_encoder: Any, vae: Any, network: PixArt, texts: str, weights: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffusion.errors import PromptError
-from diffusion.images import crop_box_for, decode_latents, resize_and_crop, to_pil
+from diffusion.images import decode_latents
 from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
 from diffusion.inference.control import condition_pixels
-from diffusion.inference.denoising import Start, denoise, guide, initial_noise, picture_generators, require_finite
+from diffusion.inference.denoising import DENOISED, initial_noise, picture_generators, require_finite
+from diffusion.inference.drawn import Drawn
 from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
+from diffusion.inference.fast import padded_length
 from diffusion.inference.parts import PipelineParts
 from diffusion.inference.requests import ModelFacts, SamplingRequest
 from diffusion.inference.sizes import warn_of_untrained_area
-from diffusion.inference.solvers import scheduler_predicts, solver_name, takes_variance
+from diffusion.inference.solver_run import SolverRun
+from diffusion.inference.solvers import is_capturable, scheduler_predicts, solver_name
 
 StepCallback = Callable[["PixArtPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 _DECODE_PIXELS = 1024 * 1024  # decoded at once: the VAE's activations, not the network's, would fill the memory
@@ -116,22 +118,69 @@ class PixArtPipeline(PipelineParts):
         Raises:
             PromptError: an argument outside its range. NumericalError: a stage gives values that are not finite.
         """
-        given = locals()
+        given = dict(locals())
+        output = self._finish(self._draw(given))
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.images,)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def stream(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[PixArtOutput]:
+        """What calls with these arguments return, one after another.
+
+        On a card the pictures of one call are decoded, and may be saved, while those of the next are denoised.
+        """
+        beside = torch.cuda.Stream(self.execution_device) if self._decodes_beside else None
+        waiting: Drawn | None = None
+        for arguments in calls:
+            drawn = self._draw({**_CALL_DEFAULTS, **arguments})
+            if beside is None:
+                yield self._finish(drawn)
+                continue
+            beside.wait_stream(torch.cuda.current_stream(self.execution_device))
+            with torch.cuda.stream(beside):
+                drawn.pixels = self._decode(drawn)
+            if waiting is not None:
+                yield self._finished_on(beside, waiting)
+            waiting = drawn
+        if beside is not None and waiting is not None:
+            yield self._finished_on(beside, waiting)
+
+    @property
+    def _decodes_beside(self) -> bool:
+        """Whether network and VAE are on a card together, without hooks that move them."""
+        together = self.memory_plan is None or {"transformer", "vae"} <= self.memory_plan.together
+        hooked = hasattr(self.transformer, "_hf_hook") or hasattr(self.vae, "_hf_hook")
+        return self.execution_device.type == "cuda" and together and not hooked
+
+    def _finished_on(self, stream: Any, drawn: Drawn) -> PixArtOutput:
+        with torch.cuda.stream(stream):  # the other stream has the next pictures to denoise: nothing may wait for it
+            output = self._finish(drawn)
+        torch.cuda.current_stream(self.execution_device).wait_stream(stream)  # what the caller makes of tensors
+        return output
+
+    def _draw(self, given: Mapping[str, Any]) -> Drawn:
+        """The arguments of a call to latents, which a card may still be working on."""
         request = SamplingRequest(model=self._facts, **{name: given[name] for name in _REQUEST_FIELDS})
         self._require_fitting_scheduler()
         warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
-        generators, seeds = picture_generators(request.count, seed, generator)
+        generators, seeds = picture_generators(request.count, given["seed"], given["generator"])
         recipes = request.recipes(solver_name(self.scheduler), seeds, _fingerprints(request))
-        conditions = self._conditions(request, max_sequence_length)
+        conditions = self._conditions(request, given["max_sequence_length"])
         source = self._source(request)
-        noise = self._noise(request, generators, latents)
-        drawn = self._sample(request, conditions, noise, generators, source, callback_on_step_end)
+        noise = self._noise(request, generators, given["latents"])
+        latents = self._sample(request, conditions, noise, generators, source, given["callback_on_step_end"])
         if self._interrupt:
             recipes = [{**recipe, "interrupted": True} for recipe in recipes]
-        images = drawn if output_type == "latent" else self._decode(request, drawn, generators, source)
-        self.maybe_free_model_hooks()
-        return PixArtOutput(images, recipes) if return_dict else (images,)  # type: ignore[return-value]
+        return Drawn(request, latents, recipes, generators, source)
+
+    def _finish(self, drawn: Drawn) -> PixArtOutput:
+        """Latents to what was asked for. Raises NumericalError."""
+        require_finite(drawn.latents, DENOISED)
+        if drawn.request.output_type == "latent":
+            return PixArtOutput(drawn.latents, drawn.recipes)
+        pixels = self._decode(drawn) if drawn.pixels is None else drawn.pixels
+        return PixArtOutput(drawn.pictures(pixels), drawn.recipes)
 
     def recipes(self, prompt: Sequence[str], *, seed: Sequence[int], **arguments: Any) -> list[dict[str, Any]]:
         """The recipes that a call with these arguments will return, one a prompt; nothing is drawn."""
@@ -240,85 +289,86 @@ class PixArtPipeline(PipelineParts):
         callback: StepCallback | None,
     ) -> Tensor:
         """Noise to latents (B, C, h, w), float32 whatever the network's dtype."""
-        network, keep_variance = self._network(request, conditions.control), takes_variance(self.scheduler)
-        channels, steps = self.transformer.config.in_channels, request.num_inference_steps
-        if request.first_step < steps:
-            self._bring("transformer")
-
-        free: Tensor | None = None  # latents without the source, where the unconditional half shall not see it
-
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            inputs = torch.cat([latents if free is None else free, latents]) if request.guided else latents
-            # float32 timesteps whatever the network's dtype: bfloat16 would round 999 to 1000.
-            timesteps = timestep.to(device=inputs.device, dtype=torch.float32).expand(len(inputs))
-            output = network(inputs, timesteps, conditions.embeds, conditions.mask, **conditions.sizes).float()
-            if not request.guided:
-                return output if keep_variance else output[:, :channels]
-            return guide(
-                output,
-                channels,
-                request.guidance_scale,
-                keep_variance=keep_variance,
-                guided_channels=request.guidance_channels,
+        steps, fast = request.num_inference_steps, self._fast
+        start = None if source is None else source.latents
+        if start is not None and request.first_step == steps:
+            return start
+        self._bring("transformer")
+        network: Any = self.transformer if conditions.control is None else self.controlnet
+        run = SolverRun(
+            network,
+            self.scheduler,
+            steps,
+            request.first_step,
+            request.guided,
+            request.guidance_channels,
+            request.controlnet_conditioning_scale,
+            embeds_time_ahead=fast is not None,
+            shortcuts=None if fast is None else fast.settings.shortcuts,
+        )
+        if fast is not None:
+            fast.prepare(
+                self.controlnet or self.transformer, self.vae, self.execution_device, movable=self.memory_plan is None
             )
+            conditions = conditions.padded(padded_length(conditions.embeds.shape[1]))
+        tensors = run.tensors(noise, conditions, request.guidance_scale, start, generators)
+        loop = partial(self._loop, run, generators, source, callback)
+        if fast is None:
+            return loop(tensors)
+        return fast.solve(run.key, run, loop, tensors, network, self._obstacle(source, callback))
 
-        hold = None if source is None else source.hold_latents(self.scheduler, noise, steps - 1)
-        with self.progress_bar(total=steps - request.first_step) as bar:
+    def _loop(
+        self,
+        run: SolverRun,
+        generators: list[torch.Generator],
+        source: Source | None,
+        callback: StepCallback | None,
+        tensors: Mapping[str, Tensor],
+    ) -> Tensor:
+        """A run with all that happens between its steps."""
+        free: Tensor | None = None  # latents without the source, where the unconditional half shall not see it
+        hold = None if source is None else source.hold_latents(self.scheduler, tensors["noise"], run.steps - 1)
 
-            def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
-                nonlocal free
-                bar.update()
-                if source is not None and source.guides:
-                    free = latents
-                if hold is not None:
-                    latents = hold(index, latents)
-                if callback is None:
-                    return latents
-                returned = callback(self, index, int(timestep), {"latents": latents})
-                return latents if returned is None else returned.get("latents", latents)
+        def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            nonlocal free
+            bar.update()
+            if source is not None and source.guides:
+                free = latents
+            if hold is not None:
+                latents = hold(index, latents)
+            if callback is None:
+                return latents
+            returned = callback(self, index, int(timestep), {"latents": latents})
+            return latents if returned is None else returned.get("latents", latents)
 
-            return denoise(
-                predict,
-                self.scheduler,
-                noise,
-                steps,
+        with self.progress_bar(total=run.steps - run.first_step) as bar:
+            return run(
+                tensors,
                 generators=generators,
                 on_step=on_step,
-                start=None if source is None else Start(source.latents, request.first_step),
                 stop=lambda: self._interrupt,
+                unconditional=lambda: free,
             )
 
-    def _network(self, request: SamplingRequest, control: Tensor | None) -> Callable[..., Tensor]:
-        """The base, or the ControlNet around it with its condition."""
-        if control is None:
-            return self.transformer  # type: ignore[no-any-return]
-        assert self.controlnet is not None  # the request has checked it
-        scale = request.controlnet_conditioning_scale
-        return partial(self.controlnet, control_latents=control, condition_strength=scale)
+    def _obstacle(self, source: Source | None, callback: StepCallback | None) -> str | None:
+        """What keeps the solver's loop out of a CUDA graph, as the beginning of a sentence."""
+        if callback is not None:
+            return "a callback looks at every step"
+        if source is not None and (source.keep is not None or source.guides):
+            return "a mask is put in after every step"
+        if not is_capturable(self.scheduler):
+            return f"solver {solver_name(self.scheduler)} draws noise at every step"
+        return "adapters are loaded and not fused" if self.get_list_adapters() else None
 
-    def _decode(
-        self, request: SamplingRequest, latents: Tensor, generators: list[torch.Generator], source: Source | None
-    ) -> Any:
-        """Latents (B, C, h, w) to pictures, a few at a time."""
+    def _decode(self, drawn: Drawn) -> Tensor:
+        """Latents to pixels (B, 3, H, W), a few pictures at a time."""
         self._bring("vae")
+        latents, generators, device = drawn.latents, drawn.generators, self.execution_device
         at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
-        pixels = torch.cat(
-            [
-                decode_latents(self.vae, latents[i : i + at_once], self.execution_device, generators[i : i + at_once])
-                for i in range(0, len(latents), at_once)
-            ]
-        )  # (B, 3, H, W)
-        require_finite(pixels, "the pictures decoded by the VAE")
-        if source is not None:
-            pixels = source.hold_pixels(pixels)
-        size = (request.height, request.width)
-        if request.output_type == "pil":
-            return [resize_and_crop(to_pil(picture), size)[0] for picture in pixels]
-        if pixels.shape[-2:] != size:
-            pixels = _resized(pixels, size)
-        if request.output_type == "pt":
-            return pixels
-        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        parts = [slice(start, start + at_once) for start in range(0, len(latents), at_once)]
+        if self._fast is not None and self._fast.can_decode(self.vae):
+            return torch.cat([self._fast.decode(self.vae, latents[part]) for part in parts])
+        return torch.cat([decode_latents(self.vae, latents[part], device, generators[part]) for part in parts])
 
 
 _CALL_DEFAULTS = {
@@ -330,10 +380,3 @@ _REQUEST_FIELDS = tuple(field.name for field in fields(SamplingRequest) if field
 def _fingerprints(request: SamplingRequest) -> dict[str, str]:
     pictures = {name: getattr(request, name) for name in ("image", "mask_image", "control_image")}
     return {name: fingerprint(picture) for name, picture in pictures.items() if picture is not None}
-
-
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) scaled to cover `size` and cut in the centre, as `resize_and_crop` does with pictures."""
-    left, top, right, bottom = (round(edge) for edge in crop_box_for(pixels.shape[-1], pixels.shape[-2], size))
-    cut = pixels[:, :, top:bottom, left:right]
-    return F.interpolate(cut, size=size, mode="bicubic", antialias=True, align_corners=False)

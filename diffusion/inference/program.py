@@ -43,6 +43,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts, settings["negative_prompt"] = styled(args, prompts)
     pipeline = loaded(args, algorithm)
     pipeline.recipes(prompts[:1], seed=[0], **settings)  # refuses wrong settings before anything moves
+    speed_up(pipeline, args)
     set_plan(pipeline, args, scale > 1)
     date = time.strftime("%Y-%m-%d")
     name = args.save_name or f"{date}_{args.dataset}_{algorithm}_step{steps}_scale{scale:g}_seed{args.seed}"
@@ -130,6 +131,17 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
     if args.lora:
         pipeline.fused_loras = fuse_into(pipeline, args.lora, args.lora_scale)
     return pipeline
+
+
+def speed_up(pipeline: PixArtPipeline, args: argparse.Namespace) -> None:
+    """Fast sampling as the arguments ask for it."""
+    options = {name: getattr(args, name) for name in ("autotune", "fp8", "guidance_until", "reuse_every")}
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    if args.fast:
+        half = pipeline.transformer.dtype == torch.bfloat16 and choose_device(args.device).type == "cuda"
+        pipeline.enable_fast_sampling(vae_bfloat16=half, **given)
+    elif given:
+        raise PromptError(f"--{next(iter(given))} is given without --fast; add it")
 
 
 def set_plan(pipeline: PixArtPipeline, args: argparse.Namespace, guided: bool) -> None:

@@ -15,7 +15,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler, LCMSchedulerOutput
+from torch import Tensor
 
 from diffusion.errors import PromptError, did_you_mean
 from diffusion.inference.iddpm import IDDPMScheduler
@@ -34,10 +35,39 @@ FLOW_EULER = "flow-euler"
 ALGORITHMS = ("dpm-solver", "sa-solver", "iddpm", "ddim", "deis", "lcm")  # for models that predict noise
 FLOW_ALGORITHMS = ("dpm-solver", FLOW_EULER)  # for rectified flow; deis misses the mean of shifted ones by 6 %
 DEFAULT_STEPS = {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100, "ddim": 50, "deis": 20, "lcm": 4, FLOW_EULER: 28}
+_CAPTURABLE = ("dpm-solver", "ddim", "deis", FLOW_EULER)
 _ALIASES = {"ddpm": "iddpm"}
 
 
-class OriginalLCMScheduler(LCMScheduler):
+class _NoiseFromOutside(LCMScheduler):
+    """diffusers' LCM scheduler, whose steps may be given their noise instead of generators."""
+
+    def step(  # type: ignore[override]
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+        *,
+        noise: Tensor | None = None,
+    ) -> Any:
+        """As in diffusers, with `noise` (B, C, h, w) in place of what the generators give."""
+        if noise is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        step: Any = self.step_index
+        steps: Any = self.num_inference_steps
+        self.num_inference_steps = step + 1  # type: ignore[assignment]  # the last step adds no noise
+        denoised = super().step(model_output, timestep, sample, return_dict=False)[1]
+        self.num_inference_steps = steps
+        alpha_bar = self.alphas_cumprod[self.timesteps[step + 1]]
+        previous = alpha_bar.sqrt() * denoised + (1 - alpha_bar).sqrt() * noise
+        return LCMSchedulerOutput(previous, denoised) if return_dict else (previous, denoised)
+
+
+class OriginalLCMScheduler(_NoiseFromOutside):
     """diffusers' LCM scheduler on the original's timesteps: every (50 // n)-th of the distillation grid.
 
     diffusers now spreads them evenly instead (4 steps: 999, 759, 499, 259; the original's: 999, 759, 519, 279).
@@ -62,7 +92,7 @@ class OriginalLCMScheduler(LCMScheduler):
         super().set_timesteps(timesteps=grid[:: grid_size // num_inference_steps][:num_inference_steps], device=device)
 
 
-class OneStepScheduler(LCMScheduler):
+class OneStepScheduler(_NoiseFromOutside):
     """One step from pure noise at a timestep to the predicted picture, for generators distilled by DMD."""
 
     one_step_timestep = 400
@@ -234,3 +264,15 @@ def accepts_generator(scheduler: Any) -> bool:
 def takes_variance(scheduler: Any) -> bool:
     """Whether a scheduler reads the variance channels of the network's output."""
     return isinstance(scheduler, IDDPMScheduler)
+
+
+def takes_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's step can be given its noise (see `draw_step_noise`)."""
+    return isinstance(scheduler, _NoiseFromOutside)
+
+
+def is_capturable(scheduler: Any) -> bool:
+    """Whether the steps neither draw random numbers nor read the device: then they fit into a CUDA graph."""
+    config, name = scheduler.config, solver_name(scheduler)
+    draws = "sde" in str(config.get("algorithm_type")) or config.get("stochastic_sampling")
+    return takes_noise(scheduler) or (name in _CAPTURABLE and not draws)

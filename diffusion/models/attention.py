@@ -92,11 +92,18 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, caption: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L) bool, True = keep -> (B, N, D)."""
+        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L) bool, True = keep -> (B, N, D).
+
+        In place of the caption, its `keys_values`.
+        """
         q = rearrange(self.q_linear(tokens), "b n (h c) -> b h n c", h=self.num_heads)
-        k, v = rearrange(self.kv_linear(caption), "b l (two h c) -> two b h l c", two=2, h=self.num_heads)
+        k, v = caption if caption.ndim > 3 else self.keys_values(caption)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         return self.proj(rearrange(attended, "b h n c -> b n (h c)"))
+
+    def keys_values(self, caption: Tensor) -> Tensor:
+        """(B, L, D) -> (2, B, H, L, D / H); no timestep enters, so a solver needs them once a picture."""
+        return rearrange(self.kv_linear(caption), "b l (two h c) -> two b h l c", two=2, h=self.num_heads)
 
 
 def expand_caption_mask(caption_mask: Tensor | None) -> Tensor | None:

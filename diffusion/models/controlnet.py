@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.initialization import zero_
-from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig
+from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig, TextSignal, TimeSignal
 
 
 class ControlBlock(nn.Module):
@@ -116,24 +116,47 @@ class ControlPixArt(nn.Module):
         Raises:
             ValueError: control_latents of another shape than latents; see `PixArt.forward` for the rest.
         """
-        inputs = (latents, timesteps, caption_embeds, caption_mask)
+        time = self.embed_time(timesteps, img_hw=img_hw, aspect_ratio=aspect_ratio)
+        text = self.embed_text(caption_embeds, caption_mask)
+        return self.predict(latents, time, text, control_latents=control_latents, condition_strength=condition_strength)
+
+    def embed_time(self, timesteps: Tensor, **sizes: Tensor | None) -> TimeSignal:
+        """See `PixArt.embed_time`."""
+        return self.base_model.embed_time(timesteps, **sizes)
+
+    def embed_text(self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False) -> TextSignal:
+        """See `PixArt.embed_text`; what the control blocks take comes after what those of the base take."""
+        copies = [cast(ControlBlock, block).copied_block for block in self.controlnet]
+        return self.base_model.embed_text(caption_embeds, caption_mask, project=project, copies=copies)
+
+    def predict(
+        self,
+        latents: Tensor,
+        time: TimeSignal,
+        text: TextSignal,
+        *,
+        control_latents: Tensor | None = None,
+        condition_strength: float = 1.0,
+    ) -> Tensor:
+        """`forward` from embedded conditions, see `PixArt.predict`."""
         if control_latents is None:
-            return self.base_model(*inputs, img_hw=img_hw, aspect_ratio=aspect_ratio)
+            return self.base_model.predict(latents, time, text)
         if control_latents.shape != latents.shape:
             raise ValueError(
                 f"control_latents {tuple(control_latents.shape)} must have the shape {tuple(latents.shape)}"
             )
         control = self.base_model.embed_latents(control_latents)  # (B, N, D), by the frozen patch embedding
+        captions = text.captions[len(self.base_model.blocks) :]
 
-        def add_control(index: int, tokens: Tensor, *arguments: object) -> Tensor:
+        def add_control(index: int, tokens: Tensor, caption: Tensor, *arguments: object) -> Tensor:
             nonlocal control
             if not 1 <= index <= len(self.controlnet):
                 return tokens
-            inputs = (control, tokens, *arguments)
+            inputs = (control, tokens, captions[index - 1], *arguments)
             if self.base_model.checkpoint_every and self.training:
                 control, skip = checkpoint(self.controlnet[index - 1], *inputs, use_reentrant=False)
             else:
                 control, skip = self.controlnet[index - 1](*inputs)
             return tokens + condition_strength * skip
 
-        return self.base_model(*inputs, img_hw=img_hw, aspect_ratio=aspect_ratio, before_block=add_control)
+        return self.base_model.predict(latents, time, text, before_block=add_control)

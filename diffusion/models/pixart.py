@@ -6,9 +6,9 @@ State-dict keys and shapes are the original's, so official weight files load wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -88,6 +88,20 @@ class PixArtConfig:
     def base_size(self) -> int:
         """Tokens a side at the training size."""
         return self.input_size // self.patch_size
+
+
+class TimeSignal(NamedTuple):
+    """Timestep and sizes as the blocks take them: conditioning (B, D), modulation (B, 6 * D): adaLN-single, of all."""
+
+    conditioning: Tensor
+    modulation: Tensor
+
+
+class TextSignal(NamedTuple):
+    """Captions as the blocks take them: for each block (B, L, D), or `CrossAttention.keys_values`; the mask of all."""
+
+    captions: Sequence[Tensor]
+    attention_mask: Tensor | None
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -204,18 +218,66 @@ class PixArt(LatentTransformer):
         Raises:
             ValueError: sizes that do not divide, or size conditions missing or unexpected.
         """
-        grid = self._token_grid(latents)
-        tokens = self.embed_latents(latents)  # (B, N, D)
-        conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)  # (B, D)
-        modulation = self.t_block(conditioning)  # (B, 6 * D): adaLN-single, once for all blocks
+        time = self.embed_time(timesteps, img_hw=img_hw, aspect_ratio=aspect_ratio)
+        text = self.embed_text(caption_embeds, caption_mask)
+        return self.predict(latents, time, text, before_block=before_block)
+
+    def embed_time(
+        self, timesteps: Tensor, *, img_hw: Tensor | None = None, aspect_ratio: Tensor | None = None
+    ) -> TimeSignal:
+        """What timesteps (B,) and size conditions say to the blocks; see `forward`."""
+        conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)
+        return TimeSignal(conditioning, self.t_block(conditioning))
+
+    def embed_text(
+        self,
+        caption_embeds: Tensor,
+        caption_mask: Tensor | None,
+        *,
+        project: bool = False,
+        copies: Sequence[PixArtBlock] = (),
+    ) -> TextSignal:
+        """What captions say to the blocks; see `forward`.
+
+        Args:
+            project: go on to the keys and values of each block, which serve all steps of a solver.
+            copies: further blocks that need theirs (of a ControlNet).
+        """
         caption = self.y_embedder(caption_embeds.to(self.dtype))  # (B, L, D)
-        attention_mask = expand_caption_mask(caption_mask)
-        for index in range(len(self.blocks)):
-            arguments = (tokens, caption, attention_mask, modulation, grid)
+        blocks = [*self.blocks, *copies]
+        each = [block.cross_attn.keys_values(caption) if project else caption for block in blocks]
+        return TextSignal(each, expand_caption_mask(caption_mask))
+
+    def predict(
+        self, latents: Tensor, time: TimeSignal, text: TextSignal, *, before_block: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """`forward` from embedded conditions; a single row of `time` serves all B."""
+        tokens = self.embed_latents(latents)  # (B, N, D)
+        grid = self._token_grid(latents)
+        tokens = self.run_blocks(tokens, time, text, grid, before_block=before_block)
+        return self.read_out(tokens, time, grid)
+
+    def run_blocks(
+        self,
+        tokens: Tensor,
+        time: TimeSignal,
+        text: TextSignal,
+        grid: tuple[int, int],
+        *,
+        span: slice = slice(None),
+        before_block: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens (B, N, D) through the blocks of `span`."""
+        for index in range(len(self.blocks))[span]:
+            arguments = (tokens, text.captions[index], text.attention_mask, time.modulation, grid)
             if before_block is not None:
                 arguments = (before_block(index, *arguments), *arguments[1:])
             tokens = self._run_block(index, *arguments)
-        return self._unpatchify(self.final_layer(tokens, conditioning), grid)  # (B, C_out, h, w)
+        return tokens
+
+    def read_out(self, tokens: Tensor, time: TimeSignal, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, D) of the last block -> (B, out_channels, h, w)."""
+        return self._unpatchify(self.final_layer(tokens, time.conditioning), grid)
 
     def _conditioning(self, timesteps: Tensor, img_hw: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
         conditioning = self.t_embedder(timesteps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,20 @@ class CaptionEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, model: Any, *, max_length: int = 120, device: str | torch.device | None = None
+        self,
+        tokenizer: Any,
+        model: Any,
+        *,
+        max_length: int = 120,
+        device: str | torch.device | None = None,
+        padded_length: Callable[[int], int] = lambda length: length,
+        run: Callable[[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]], Tensor] | None = None,
     ) -> None:
         """`tokenizer`: a fast transformers tokenizer; `model`: T5EncoderModel; `max_length`: tokens with `</s>`.
 
         `device`: where inputs go; None = where the model lies. An offloaded model lies elsewhere than it computes.
+        `padded_length`: what a batch whose longest caption has so many tokens is padded to. `run`: calls the function
+        it is given with the tensors it is given, or does what amounts to it (see `GraphCache`).
         """
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
@@ -43,6 +52,8 @@ class CaptionEncoder:
         self.model = model.eval().requires_grad_(False)
         self.max_length = max_length
         self._device = None if device is None else torch.device(device)
+        self._padded_length = padded_length
+        self._call = run or (lambda work, tensors: work(tensors))
         self.num_truncated = 0
         self.dropped: list[str] = []
 
@@ -158,12 +169,13 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def _run(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        length = max(len(ids) for ids in token_ids)
+        length = self._padded_length(max(len(ids) for ids in token_ids))
         padding = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [padding] * (length - len(row)) for row in token_ids], device=self.device)
         lengths = torch.tensor([len(row) for row in token_ids], device=self.device)
         mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
-        embeds = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, C)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        embeds = self._call(lambda tensors: self.model(**tensors).last_hidden_state, inputs)  # (B, L, C)
         return embeds.to(self.dtype), mask
 
 

@@ -50,6 +50,16 @@ def test_every_plan_draws_and_says_what_it_is(
     assert read_recipe(path)["memory"] == chosen
 
 
+def test_fast_and_lossy(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--model_path", str(pipeline_folder), "--prompt", "a cat", "--step", "4", "--device", "cpu"]
+    run(monkeypatch, "inference.py", *arguments, "--fast", "--fp8", "--reuse_every", "2", "--output", str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    assert read_recipe(path)["fast"] == {"fp8": True, "reuse_every": 2}
+    assert "no FP8 products on cpu; they are emulated" in caplog.text
+
+
 @pytest.mark.parametrize("steps", ["1", "4", "8"])
 def test_lcm(steps: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["--prompt", "a cat", "--prompt", "a dog", "--prompt", "a cow", "--bs", "2"]
@@ -101,6 +111,8 @@ def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monk
         (["--preview", "0"], "error: --preview 0 must be at least 1"),
         (["--prompt", "a --ar 1"], "error: --ar 1 must be height:width, as in --ar 9:16"),
         (["--image", "gone.png"], "error: gone.png"),
+        (["--fp8"], "error: --fp8 is given without --fast; add it"),
+        (["--fast", "--guidance_until", "2"], "error: guidance_until=2.0 must lie in 0..1"),
         (["--binning"], "error: use_resolution_binning has no sizes for a model of 64 px"),
     ],
 )

@@ -38,8 +38,8 @@ def test_it_is_the_right_half_of_inpainting_a_double_canvas(pipe: PixArtReferenc
 
 
 def test_guidance_does_not_show_the_reference_to_the_null_caption(pipe: PixArtReferencePipeline) -> None:
-    seen = []
-    handle = pipe.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    seen, patches = [], pipe.transformer.x_embedder
+    handle = patches.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
     pipe("a cat", reference_image=reference("red"), **OPTIONS)
     handle.remove()
     null, conditional = seen[-1].chunk(2)

@@ -181,7 +181,7 @@ def test_directives_obey_the_limit(engine: Engine) -> None:
 def test_a_fault_is_told_and_the_next_request_served(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.start()
     broken = engine.artist
-    broken.pipeline.transformer.forward = lambda *_, **__: 1 / 0
+    broken.pipeline.transformer.predict = lambda *_, **__: 1 / 0
     client = Client(engine)
     client.ask("a secret garden")
     failed = client.end()
@@ -194,7 +194,7 @@ def test_a_fault_is_told_and_the_next_request_served(engine: Engine, caplog: pyt
 
 def test_a_pipeline_that_cannot_be_loaded_again_is_said(engine: Engine) -> None:
     engine.start()
-    engine.artist.pipeline.transformer.forward = lambda *_, **__: 1 / 0
+    engine.artist.pipeline.transformer.predict = lambda *_, **__: 1 / 0
     engine._build = lambda: 1 / 0  # type: ignore[assignment,return-value]
     client = Client(engine)
     client.ask()
