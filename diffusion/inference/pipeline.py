@@ -9,20 +9,23 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.errors import PromptError
-from diffusion.images import crop_box_for, decode_latents, resize_and_crop, to_pil
+from diffusion.images import SharedDecoder, crop_box_for, decode_latents, resize_and_crop, to_pil
 from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
 from diffusion.inference.control import condition_pixels
 from diffusion.inference.denoising import Start, denoise, guide, initial_noise, picture_generators, require_finite
 from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
+from diffusion.inference.parallel import SharedForward
 from diffusion.inference.parts import PipelineParts
 from diffusion.inference.requests import ModelFacts, SamplingRequest
 from diffusion.inference.sizes import warn_of_untrained_area
 from diffusion.inference.solvers import scheduler_predicts, solver_name, takes_variance
+from diffusion.ranks import Ranks
 
 StepCallback = Callable[["PixArtPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 _DECODE_PIXELS = 1024 * 1024  # decoded at once: the VAE's activations, not the network's, would fill the memory
@@ -48,6 +51,23 @@ class PixArtPipeline(PipelineParts):
     """
 
     _interrupt = False
+    _shared: SharedForward | None = None
+    _shared_decoder: SharedDecoder | None = None
+
+    def share_work(self, ranks: Ranks, *, row_groups: int | None = None) -> None:
+        """Let all processes of a start draw each picture together; each gets it, so one of them writes it.
+
+        From now on every process makes the same calls (a seed that is not given is agreed upon). Captions and solver
+        are computed by each; the network's passes are shared out (`SharedForward`), and so is decoding by a KL-VAE
+        (`SharedDecoder`), unless it decodes tiles. Comes after the memory plan, which has to be the same on all.
+
+        Raises:
+            ConfigError: a number of processes that does not fit the network.
+        """
+        network = self.transformer if self.controlnet is None else self.controlnet
+        self._shared = SharedForward(network, ranks, row_groups=row_groups)
+        tiled = ranks.any(getattr(self.vae, "use_tiling", False))
+        self._shared_decoder = SharedDecoder(self.vae) if isinstance(self.vae, AutoencoderKL) and not tiled else None
 
     @property
     def interrupt(self) -> bool:
@@ -121,6 +141,8 @@ class PixArtPipeline(PipelineParts):
         self._require_fitting_scheduler()
         warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
+        if self._shared is not None and seed is None and generator is None:
+            seed = self._shared.ranks.broadcast(torch.randint(2**31, (request.count,)).tolist())
         generators, seeds = picture_generators(request.count, seed, generator)
         recipes = request.recipes(solver_name(self.scheduler), seeds, _fingerprints(request))
         conditions = self._conditions(request, max_sequence_length)
@@ -289,12 +311,12 @@ class PixArtPipeline(PipelineParts):
             )
 
     def _network(self, request: SamplingRequest, control: Tensor | None) -> Callable[..., Tensor]:
-        """The base, or the ControlNet around it with its condition."""
+        """The base, or the ControlNet around it with its condition; or the part of either that is this process's."""
+        network: Any = self._shared or (self.transformer if control is None else self.controlnet)
         if control is None:
-            return self.transformer  # type: ignore[no-any-return]
-        assert self.controlnet is not None  # the request has checked it
+            return network  # type: ignore[no-any-return]
         scale = request.controlnet_conditioning_scale
-        return partial(self.controlnet, control_latents=control, condition_strength=scale)
+        return partial(network, control_latents=control, condition_strength=scale)
 
     def _decode(
         self, request: SamplingRequest, latents: Tensor, generators: list[torch.Generator], source: Source | None
@@ -302,12 +324,14 @@ class PixArtPipeline(PipelineParts):
         """Latents (B, C, h, w) to pictures, a few at a time."""
         self._bring("vae")
         at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
-        pixels = torch.cat(
-            [
-                decode_latents(self.vae, latents[i : i + at_once], self.execution_device, generators[i : i + at_once])
-                for i in range(0, len(latents), at_once)
-            ]
-        )  # (B, 3, H, W)
+        shared = self._shared_decoder if self._shared_decoder and self._shared_decoder.fits(latents.shape[-2]) else None
+        parts = []
+        for i in range(0, len(latents), at_once):
+            some, device = latents[i : i + at_once], self.execution_device
+            parts.append(
+                shared(some, device) if shared else decode_latents(self.vae, some, device, generators[i : i + at_once])
+            )
+        pixels = torch.cat(parts)  # (B, 3, H, W)
         require_finite(pixels, "the pictures decoded by the VAE")
         if source is not None:
             pixels = source.hold_pixels(pixels)
