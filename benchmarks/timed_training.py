@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -54,42 +55,107 @@ def make_config(store: Path, image_size: int, batch_size: int, steps: int, **opt
 
 
 class TimedTrainer(Trainer):
-    """Times the steps after a warm-up, and ends without a save unless one is asked for."""
+    """Times steps after a warm-up, and ends without a save unless one is asked for.
 
-    warm_up, saves = 5, False
+    warm_up, profiled: steps before and after the timed ones; the profiled ones say how long processes communicate.
+    saves: "no"; "last": the last step is saved; "timed": each save is waited for, and timed.
+    """
+
+    warm_up, profiled, saves = 5, 0, "no"
+    communication: dict[str, float] | None = None
 
     def _train_step(self, *arguments: Any) -> Any:
-        if self.state.step == self.first_step + self.warm_up:
-            self._synchronise()
-            if self.ranks.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            self.timed_from = time.perf_counter()
+        done, last_timed = self.state.step - self.first_step, self.total_steps - self.first_step - self.profiled
+        if done == self.warm_up:
+            self._begin_timing()
+        if done == last_timed and self.profiled:
+            activity = torch.profiler.ProfilerActivity
+            here = activity.CUDA if self.ranks.device.type == "cuda" else activity.CPU
+            self._profiler = torch.profiler.profile(activities=[here], acc_events=True)
+            self._profiler.start()
+        if self.warm_up <= done < last_timed:
+            self._marks.append(self._mark())
         verdict = super()._train_step(*arguments)
-        if self.state.step == self.total_steps:
+        if done == 0:
             self._synchronise()
-            steps = self.total_steps - self.first_step - self.warm_up
-            self.seconds_a_step = (time.perf_counter() - self.timed_from) / steps
+            self.stepped_at = time.perf_counter()
+        if done + 1 == last_timed:
+            self._marks.append(self._mark())
+            self._synchronise()
+            self.seconds_a_step = (time.perf_counter() - self.timed_from) / (last_timed - self.warm_up)
             self.last_loss = verdict.loss.item()
+        if self.profiled and self.state.step == self.total_steps:
+            self._synchronise()
+            self._profiler.stop()
+            self.communication = communication(self._profiler.events())
         return verdict
+
+    def _begin_timing(self) -> None:
+        self._synchronise()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._marks: list[Any] = []
+        self.timed_from = time.perf_counter()
+
+    def _mark(self) -> Any:
+        """A moment on the device."""
+        if self.ranks.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _synchronise(self) -> None:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _build_saver(self) -> Any:
-        saver = super()._build_saver()
-        if not self.saves:
-            saver.is_due = lambda: False  # type: ignore[method-assign]
-        return saver
+    @property
+    def seconds_of_steps(self) -> list[float]:
+        """Of each timed step, as the device saw it."""
+        pairs = list(zip(self._marks, self._marks[1:]))
+        if self.ranks.device.type == "cuda":
+            return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
+        return [end - begin for begin, end in pairs]
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the timed steps over their mean."""
+        seconds = self.seconds_of_steps
+        return statistics.pstdev(seconds) / statistics.mean(seconds)
 
     @property
     def peak_gib(self) -> float | None:
         """Most memory that tensors took on this process's card in the timed steps; None on a CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.ranks.device.type == "cuda" else None
 
+    # ---- saves ----
+
+    def _build_saver(self) -> Any:
+        saver = super()._build_saver()
+        self.waits_s, self.writes_s = [], []
+        if self.saves == "no":
+            saver.is_due = lambda: False  # type: ignore[method-assign]
+        return saver
+
+    def _save(self, saver: Any, request: Any) -> None:
+        self._synchronise()
+        begin = time.perf_counter()
+        super()._save(saver, request)
+        self.waits_s.append(time.perf_counter() - begin)
+        if self.saves == "timed":
+            saver.settle()
+            self.writes_s.append(time.perf_counter() - begin)
+            self.ranks.barrier()
+
+    def _restore(self, folder: Path) -> None:
+        begin = time.perf_counter()
+        super()._restore(folder)
+        self._synchronise()
+        self.restore_s = time.perf_counter() - begin
+
 
 def run_timed(
-    config: TrainConfig, work_dir: Path, ranks: Ranks, *, warm_up: int = 5, saves: bool = False
+    config: TrainConfig, work_dir: Path, ranks: Ranks, *, warm_up: int = 5, profiled: int = 0, saves: str = "no"
 ) -> TimedTrainer:
     """Train to the end in a folder of its own, or on from its last checkpoint."""
     trainer = TimedTrainer(
@@ -100,6 +166,44 @@ def run_timed(
         reporting=Reporting(tensorboard=False),
         ranks=ranks,
     )
-    trainer.warm_up, trainer.saves = warm_up, saves
+    trainer.warm_up, trainer.profiled, trainer.saves = warm_up, profiled, saves
     trainer.fit()
     return trainer
+
+
+def communication(events: Any) -> dict[str, float]:
+    """Share of profiled time in which kernels of NCCL ran (on a CPU, gloo's operations), and in which they ran alone.
+
+    The first counts waiting for slower processes too; only the second delays a step.
+    """
+    talking: list[tuple[float, float]] = []
+    others: list[tuple[float, float]] = []
+    on_card = any(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    for event in events:
+        span = (event.time_range.start, event.time_range.end)
+        name = event.name.lower()
+        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_card and (not is_kernel or getattr(event, "is_user_annotation", False)):
+            continue
+        if "nccl" in name or name.startswith("gloo:"):
+            talking.append(span)
+        elif on_card or name.startswith("aten::"):
+            others.append(span)
+    if not talking:
+        return {"communication_share": 0.0, "exposed_communication_share": 0.0}
+    everything = talking + others
+    whole = max(end for _, end in everything) - min(begin for begin, _ in everything)
+    alone = covered(everything) - covered(others)
+    return {
+        "communication_share": round(covered(talking) / whole, 4),
+        "exposed_communication_share": round(alone / whole, 4),
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,13 +29,16 @@ class Ranks:
         device: "auto" takes the GPU of the local rank if there is one.
         timeout_s: after which a collective that a peer never joined fails.
     Raises:
-        ConfigError: more local processes than GPUs.
+        ConfigError: more local processes than GPUs, or a launcher's variable that cannot be right.
     """
 
     def __init__(self, device: str = "auto", timeout_s: int = 1800) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = _number("WORLD_SIZE", 1, least=1)
+        self.rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+        if self.rank >= self.world_size:
+            raise ConfigError(
+                f"RANK={self.rank} must be below WORLD_SIZE={self.world_size}; see the launcher's command"
+            )
         use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
         if use_cuda and local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -44,10 +49,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.owns_group = self.world_size > 1 and not dist.is_initialized()
         if self.owns_group:
-            backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-            dist.init_process_group(
-                backend, rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)
-            )
+            self._open_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timedelta(seconds=timeout_s))
 
     @property
     def is_main(self) -> bool:
@@ -101,6 +103,11 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def _open_group(self, backend: str, timeout: timedelta) -> None:
+        store, rank, world_size = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        store = dist.PrefixStore(agreed_round(store, rank, world_size, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
     def close(self) -> None:
         """Leave the process group, if this object opened it."""
         if self.owns_group and dist.is_initialized():
@@ -112,3 +119,37 @@ class Ranks:
         reduced = values.clone()
         dist.all_reduce(reduced, op=op)
         return reduced
+
+
+def _number(variable: str, default: int, *, least: int = 0) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{variable}={text!r} must be an integer, {least} or more; see the launcher's command")
+    return int(text)
+
+
+def agreed_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that these processes have in common and no earlier ones had: the prefix of their keys in a store.
+
+    torchrun keeps one store over all its restarts, and with it the addresses of the processes that died: who finds
+    those connects to nobody. TORCHELASTIC_RESTART_COUNT is no name, since each machine counts its own failures. So rank
+    0 makes one up, and another believes it once rank 0 has returned what this process alone can have written.
+
+    Raises:
+        dist.DistStoreError: a process did not come in time.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("round", name)
+        for peer in range(1, world_size):
+            store.set(f"{name}/welcome/{peer}", store.get(f"{name}/hello/{peer}").decode())
+        return name
+    hello, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get("round").decode()
+        store.set(f"{name}/hello/{rank}", hello)
+        welcome = f"{name}/welcome/{rank}"
+        if store.check([welcome]) and store.get(welcome).decode() == hello:
+            return name
+        time.sleep(0.1)
+    raise dist.DistStoreError(f"rank 0 did not answer rank {rank} within {timeout.total_seconds():.0f} s")

@@ -196,3 +196,24 @@ def test_fast_sampling(tmp_path: Path) -> None:
     assert result["all graphs equal their loops"] is True
     assert all(list(row) == arms and row["graph"]["error"] < 0.1 for row in result["rows"].values())
     assert min(result["pictures a second, 512 px, batch 8"].values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_scaling(tmp_path: Path) -> None:
+    """All sections with one process and two; what is measured is enough to reckon with."""
+    out = tmp_path / "scaling.json"
+    sizes = ["--processes", 1, 2, "--sizes", 32, "--steps", 2, "--warm-up", 1, "--pictures", 1]
+    run("benchmarks/scaling.py", "--tiny", *sizes, "--out", out)
+    result = json.loads(out.read_text())
+    rows = [(row["processes"], row["strategy"], row["batch"]) for row in result["training"]]
+    assert rows == [(1, "ddp", 4), (1, "ddp", 1), (2, "ddp", 4), (2, "full_shard", 4)]
+    assert 0 < result["training"][2]["exposed_communication_share"] <= result["training"][2]["communication_share"] < 1
+    assert result["training"][2]["loss"] == pytest.approx(result["training"][3]["loss"], rel=1e-5)
+    assert all(0 < row["wait_s"] < row["on_disk_after_s"] for row in result["saving"])
+    assert [row["way"] for row in result["sampling"]] == ["alone", "guidance apart", "tokens alone shared"]
+    assert len({row["rms_of_latents"] for row in result["sampling"]}) == 1
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "tools/scaling_model.py", "--measured", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "From 2 GPUs of one host" in done.stdout, done.stderr

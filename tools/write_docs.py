@@ -1,4 +1,5 @@
-"""Write the pages of docs/ that are made from code and results: models, performance, config keys, reference.
+"""Write the pages of docs/ that are made from code and results: models, performance, scaling, config keys,
+reference.
 
     python tools/write_docs.py
     python tools/write_docs.py --check
@@ -164,8 +165,11 @@ def public_names(tree: ast.Module) -> list[str]:
 
 def pages() -> dict[str, str]:
     """All pages that are made, by their path below docs/."""
+    from scaling_model import Assumptions, measured, page  # lies beside this program
+
     return {
         "models.md": models_page(),
+        "scaling.md": page(measured(), Assumptions()),
         "performance.md": performance_page(),
         "config.md": config_page(),
         **reference_pages(),

@@ -28,7 +28,7 @@ class ParallelConfig(Section):
         default=None, gt=1, description="hybrid_shard: processes that share one copy; None = those of one machine."
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Precision in which sharded gradients are summed over processes."
+        default="fp32", description="Precision in which gradients are summed over processes."
     )
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from diffusion.images.decoding import (
 )
 from diffusion.images.edges import canny_edges, detect_edges
 from diffusion.images.grid import labelled_grid
+from diffusion.images.shared_decoding import SharedDecoder
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
 from diffusion.images.vae import decode_latents, encode_moments, in_fast_layout, load_vae, vae_folder
 
@@ -45,6 +46,7 @@ __all__ = [
     "PREPROCESSING_VERSION",
     "BucketTable",
     "Measure",
+    "SharedDecoder",
     "aspect_ratio_table",
     "canny_edges",
     "closest_bucket",

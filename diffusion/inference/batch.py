@@ -6,8 +6,9 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffusion.inference.memory import ENCODE_BATCH
 from diffusion.inference.pipeline import PixArtPipeline, StepCallback
 from diffusion.inference.recipe import library_versions, model_fingerprint, read_recipe, save_png
 from diffusion.inference.sizes import parse_directives
+from diffusion.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ def sample_to_folder(
     settings: Mapping[str, Any] | None = None,
     callback_on_step_end: StepCallback | None = None,
     free_text_encoder: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[list[Path], Path | None]:
     """Draw every prompt and write `000-slug.png`, ... with recipes; picture k of all has seed + k at any batch size.
 
@@ -134,6 +137,7 @@ def sample_to_folder(
         settings: further arguments of the pipeline's call.
         callback_on_step_end: see the pipeline's call; it does not enter the recipes.
         free_text_encoder: let T5 go once the prompts are encoded, from the host's memory too.
+        ranks: of a pipeline that shares its work: all of them make this call, the main one reads and writes the folder.
     Returns:
         the pictures' paths, and the grid's or None.
     Raises:
@@ -142,13 +146,13 @@ def sample_to_folder(
     for name, value in (("batch size", batch_size), ("num_images", num_images)):
         if value < 1:
             raise PromptError(f"{name} {value} must be at least 1")
-    folder, settings = Path(folder), dict(settings or {})
+    folder, settings, on_main = Path(folder), dict(settings or {}), _on_main(ranks)
     facts = recipe_facts(pipeline, model, controlled=settings.get("control_image") is not None)
     jobs = [
         _job(pipeline, folder, number, prompt, seed + number, settings, facts)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
     ]
-    paths = {job.number: found for job in jobs if (found := _written(job.path, job.recipe))}
+    paths = on_main(lambda: {job.number: found for job in jobs if (found := _written(job.path, job.recipe))})
     todo = [job for job in jobs if job.number not in paths]
     if paths:
         _logger.info("%d of %d pictures are already in %s", len(paths), len(jobs), folder)
@@ -159,9 +163,13 @@ def sample_to_folder(
     batches = list(_batches(todo, batch_size, captions if fast else {}))
     for batch, output in zip(batches, pipeline.stream(_calls(batches, captions, callback_on_step_end, fill=fast))):
         for job, image in zip(batch, output.images):
-            paths[job.number] = save_png(image, job.path, job.recipe)
+            paths[job.number] = on_main(partial(save_png, image, job.path, job.recipe))
     done = [paths[job.number] for job in jobs]
-    return done, _write_grid(jobs, done, folder / "grid.png", facts) if grid else None
+    return done, on_main(lambda: _write_grid(jobs, done, folder / "grid.png", facts)) if grid else None
+
+
+def _on_main(ranks: Ranks | None) -> Callable[[Callable[[], Any]], Any]:
+    return (lambda function: function()) if ranks is None else ranks.on_main
 
 
 @dataclass(frozen=True)

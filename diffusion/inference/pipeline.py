@@ -9,22 +9,25 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffusion.errors import PromptError
-from diffusion.images import decode_latents
+from diffusion.images import SharedDecoder, decode_latents
 from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
 from diffusion.inference.control import condition_pixels
 from diffusion.inference.denoising import DENOISED, initial_noise, picture_generators, require_finite
 from diffusion.inference.drawn import Drawn
 from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
 from diffusion.inference.fast import padded_length
+from diffusion.inference.parallel import SharedForward
 from diffusion.inference.parts import PipelineParts
 from diffusion.inference.requests import ModelFacts, SamplingRequest
 from diffusion.inference.sizes import warn_of_untrained_area
 from diffusion.inference.solver_run import SolverRun
 from diffusion.inference.solvers import is_capturable, scheduler_predicts, solver_name
+from diffusion.ranks import Ranks
 
 StepCallback = Callable[["PixArtPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 _DECODE_PIXELS = 1024 * 1024  # decoded at once: the VAE's activations, not the network's, would fill the memory
@@ -50,6 +53,23 @@ class PixArtPipeline(PipelineParts):
     """
 
     _interrupt = False
+    _shared: SharedForward | None = None
+    _shared_decoder: SharedDecoder | None = None
+
+    def share_work(self, ranks: Ranks, *, row_groups: int | None = None) -> None:
+        """Let all processes of a start draw each picture together; each gets it, so one of them writes it.
+
+        From now on every process makes the same calls (a seed that is not given is agreed upon). Captions and solver
+        are computed by each; the network's passes are shared out (`SharedForward`), and so is decoding by a KL-VAE
+        (`SharedDecoder`), unless it decodes tiles. Comes after the memory plan, which has to be the same on all.
+
+        Raises:
+            ConfigError: a number of processes that does not fit the network.
+        """
+        network = self.transformer if self.controlnet is None else self.controlnet
+        self._shared = SharedForward(network, ranks, row_groups=row_groups)
+        tiled = ranks.any(getattr(self.vae, "use_tiling", False))
+        self._shared_decoder = SharedDecoder(self.vae) if isinstance(self.vae, AutoencoderKL) and not tiled else None
 
     @property
     def interrupt(self) -> bool:
@@ -164,7 +184,10 @@ class PixArtPipeline(PipelineParts):
         self._require_fitting_scheduler()
         warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
-        generators, seeds = picture_generators(request.count, given["seed"], given["generator"])
+        seed, generator = given["seed"], given["generator"]
+        if self._shared is not None and seed is None and generator is None:
+            seed = self._shared.ranks.broadcast(torch.randint(2**31, (request.count,)).tolist())
+        generators, seeds = picture_generators(request.count, seed, generator)
         recipes = request.recipes(solver_name(self.scheduler), seeds, _fingerprints(request))
         conditions = self._conditions(request, given["max_sequence_length"])
         source = self._source(request)
@@ -294,7 +317,7 @@ class PixArtPipeline(PipelineParts):
         if start is not None and request.first_step == steps:
             return start
         self._bring("transformer")
-        network: Any = self.transformer if conditions.control is None else self.controlnet
+        network: Any = self._shared or (self.transformer if conditions.control is None else self.controlnet)
         run = SolverRun(
             network,
             self.scheduler,
@@ -352,6 +375,8 @@ class PixArtPipeline(PipelineParts):
 
     def _obstacle(self, source: Source | None, callback: StepCallback | None) -> str | None:
         """What keeps the solver's loop out of a CUDA graph, as the beginning of a sentence."""
+        if self._shared is not None:
+            return "several processes draw each picture"
         if callback is not None:
             return "a callback looks at every step"
         if source is not None and (source.keep is not None or source.guides):
@@ -366,6 +391,8 @@ class PixArtPipeline(PipelineParts):
         latents, generators, device = drawn.latents, drawn.generators, self.execution_device
         at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
         parts = [slice(start, start + at_once) for start in range(0, len(latents), at_once)]
+        if self._shared_decoder is not None and self._shared_decoder.fits(latents.shape[-2]):
+            return torch.cat([self._shared_decoder(latents[part], device) for part in parts])
         if self._fast is not None and self._fast.can_decode(self.vae):
             return torch.cat([self._fast.decode(self.vae, latents[part]) for part in parts])
         return torch.cat([decode_latents(self.vae, latents[part], device, generators[part]) for part in parts])

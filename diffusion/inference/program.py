@@ -19,6 +19,7 @@ from diffusion.images import decode_image
 from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
 from diffusion.inference.lora import fuse_into
 from diffusion.inference.memory import ENCODE_BATCH, Workload, check_plan_name
+from diffusion.inference.parallel import processes_of_start
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
 from diffusion.inference.recipe import save_png
@@ -32,7 +33,10 @@ def draw(args: argparse.Namespace) -> None:
     Raises:
         PixArtError: an argument, file or model that cannot be used, or too little memory.
     """
-    show_notices()
+    ranks = processes_of_start(args.device)
+    is_main = ranks is None or ranks.is_main
+    if is_main:
+        show_notices()
     check_plan_name(args.memory)
     lcm = hasattr(args, "sample_steps")
     algorithm = "lcm" if lcm else algorithm_name(args.sampling_algo)
@@ -44,12 +48,17 @@ def draw(args: argparse.Namespace) -> None:
     pipeline = loaded(args, algorithm)
     pipeline.recipes(prompts[:1], seed=[0], **settings)  # refuses wrong settings before anything moves
     speed_up(pipeline, args)
-    set_plan(pipeline, args, scale > 1)
+    if ranks is not None:  # one plan for all: int8 and tiles change the numbers that processes share
+        args.memory = ranks.on_main(lambda: set_plan(pipeline, args, scale > 1))
+    if ranks is None or not is_main:
+        set_plan(pipeline, args, scale > 1)
+    if ranks is not None:
+        pipeline.share_work(ranks, row_groups=None if scale > 1 else 1)
     date = time.strftime("%Y-%m-%d")
     name = args.save_name or f"{date}_{args.dataset}_{algorithm}_step{steps}_scale{scale:g}_seed{args.seed}"
     folder = Path(args.output or f"output/samples/{name}")
     started = time.perf_counter()
-    with explained_memory(args.memory), previews(pipeline, args.preview, folder) as callback:
+    with explained_memory(args.memory), previews(pipeline, args.preview if is_main else None, folder) as callback:
         paths, grid = sample_to_folder(
             pipeline,
             prompts,
@@ -62,8 +71,13 @@ def draw(args: argparse.Namespace) -> None:
             settings=settings,
             callback_on_step_end=callback,
             free_text_encoder=True,
+            ranks=ranks,
         )
     seconds = time.perf_counter() - started
+    if ranks is not None:
+        ranks.close()
+    if not is_main:
+        return
     print(f"{len(paths)} pictures in {seconds:.1f} s ({seconds / len(paths):.2f} s each) are in {folder}")
     if grid is not None:
         print(f"grid: {grid}")
@@ -144,11 +158,11 @@ def speed_up(pipeline: PixArtPipeline, args: argparse.Namespace) -> None:
         raise PromptError(f"--{next(iter(given))} is given without --fast; add it")
 
 
-def set_plan(pipeline: PixArtPipeline, args: argparse.Namespace, guided: bool) -> None:
-    """Give the pipeline the memory plan of the arguments, which is said on stderr with its expected peak."""
+def set_plan(pipeline: PixArtPipeline, args: argparse.Namespace, guided: bool) -> str:
+    """Give the pipeline the memory plan of the arguments, which is said on stderr with its expected peak; its name."""
     size = args.image_size or pipeline.default_size
     work = Workload(args.height or size, args.width or size, max(args.bs, 1), guided, num_captions=ENCODE_BATCH)
-    pipeline.set_memory_plan(args.memory, choose_device(args.device), work)
+    return pipeline.set_memory_plan(args.memory, choose_device(args.device), work).name
 
 
 @contextlib.contextmanager

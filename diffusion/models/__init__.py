@@ -17,6 +17,7 @@ from diffusion.models.registry import (
     preset_heads,
 )
 from diffusion.models.reparameterization import silence_sizes, start_from_dit
+from diffusion.models.token_sharing import TokenSharing
 
 __all__ = [
     "HED",
@@ -32,6 +33,7 @@ __all__ = [
     "PixArtMS",
     "PixArtMS_XL_2",
     "PixArt_XL_2",
+    "TokenSharing",
     "build_model",
     "is_class_conditional",
     "model_names",

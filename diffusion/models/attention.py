@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffusion.models.token_sharing import TokenSharing
+
 SAMPLINGS = ("conv", "ave", "uniform")
 
 
@@ -52,6 +54,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(width) if qk_norm else nn.Identity()
         self.sampling, self.sr_ratio = sampling, sr_ratio
         self.fp32 = False  # see PixArt.use_fp32_attention
+        self.sharing: TokenSharing | None = None  # see PixArt.share_tokens
         if sr_ratio > 1 and sampling == "conv":
             self.sr = nn.Conv2d(width, width, kernel_size=sr_ratio, stride=sr_ratio, groups=width)
             self.norm = nn.LayerNorm(width)
@@ -65,7 +68,11 @@ class SelfAttention(nn.Module):
         dtype = torch.float32 if self.fp32 else v.dtype
         q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.num_heads).to(dtype) for part in (q, k, v))
         with torch.autocast(tokens.device.type, enabled=False):  # q, k, v have the precision that was asked for
+            if self.sharing is not None:
+                q, k, v = self.sharing.to_heads(q, k, v)
             attended = F.scaled_dot_product_attention(q, k, v)
+            if self.sharing is not None:
+                attended = self.sharing.to_tokens(attended)
         return self.proj(rearrange(attended, "b h n c -> b n (h c)").to(tokens.dtype if self.fp32 else dtype))
 
     def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.initialization import zero_
 from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig, TextSignal, TimeSignal
+from diffusion.models.token_sharing import TokenSharing
 
 
 class ControlBlock(nn.Module):
@@ -85,6 +86,12 @@ class ControlPixArt(nn.Module):
         self.base_model.compile_blocks()
         for block in self.controlnet:
             block.compile()
+
+    def share_tokens(self, sharing: TokenSharing | None) -> None:
+        """See `PixArt.share_tokens`; the condition is given as a strip as well."""
+        self.base_model.share_tokens(sharing)
+        for block in self.controlnet:
+            cast(ControlBlock, block).copied_block.attn.sharing = sharing
 
     @property
     def dtype(self) -> torch.dtype:

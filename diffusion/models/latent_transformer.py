@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffusion.models.attention import SelfAttention
 from diffusion.models.checkpointing import recompute
 from diffusion.models.embeddings import PatchEmbedder, sincos_position_embedding
+from diffusion.models.token_sharing import TokenSharing
 
 
 class TransformerConfig(Protocol):
@@ -47,6 +48,7 @@ class LatentTransformer(nn.Module):
     pos_embed: Tensor
     checkpoint_every = 0
     checkpoint_selectively = False
+    _sharing: TokenSharing | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,9 +84,22 @@ class LatentTransformer(nn.Module):
         for block in self.blocks:
             block.compile()
 
+    def share_tokens(self, sharing: TokenSharing | None) -> None:
+        """From now on the latents given to this process are its strip of rows of the picture, (B, C, h / P, w), and so
+        is what it returns; None = whole pictures again."""
+        self._sharing = sharing
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.sharing = sharing
+
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Patches and positions: (B, C, h, w) -> (B, N, D)."""
-        return self.x_embedder(latents.to(self.dtype)) + self._sincos(self._token_grid(latents))
+        rows, cols = self._token_grid(latents)
+        if self._sharing is None:
+            positions = self._sincos((rows, cols))
+        else:
+            positions = self._sharing.strip(self._sincos((rows * self._sharing.size, cols)), dim=1)
+        return self.x_embedder(latents.to(self.dtype)) + positions
 
     def _run_block(self, index: int, *arguments: Any) -> Tensor:
         """One block, recomputed in the backward pass if that is asked for."""

@@ -9,9 +9,10 @@ from diffusion.config import TrainConfig, config_overrides, load_config
 from diffusion.errors import ConfigError
 from diffusion.training.building import denoising_objective
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
+from diffusion.training.reports import Reporting
 from diffusion.training.run_log import LOGGER
 from diffusion.training.starting_model import checked_config, model_keys
-from diffusion.training.trainer import Reporting, Trainer
+from diffusion.training.trainer import Trainer
 
 # Drawn during training when the config names none: subject, scene, person, text-like detail, style.
 PROMPTS = (

@@ -19,10 +19,11 @@ from diffusion.inference.folders import pipeline_folder
 from diffusion.ranks import Ranks
 from diffusion.training.building import denoising_objective
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
+from diffusion.training.reports import Reporting
 from diffusion.training.run_features import extract_for_run
 from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.starting_model import checked_config, model_keys, require_multiple_of_16
-from diffusion.training.trainer import Reporting, Trainer
+from diffusion.training.trainer import Trainer
 from diffusion.training.work_dir import refuse_existing_run
 
 # Data sets that the hub took down: their pictures' owner asked for it.

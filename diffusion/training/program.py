@@ -12,7 +12,8 @@ from diffusion.ranks import Ranks
 from diffusion.training.adapter_family import family_of
 from diffusion.training.family import Family
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
-from diffusion.training.trainer import Reporting, Trainer
+from diffusion.training.reports import Reporting
+from diffusion.training.trainer import Trainer
 
 
 def train(args: argparse.Namespace, family: Family | None = None, overrides: Sequence[str] = ()) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from diffusion.training.equality import require_equal
 from diffusion.training.family import Family
 from diffusion.training.faults import Faults
 from diffusion.training.finishing import finish_run
-from diffusion.training.first_batch import first_batch_sheet
 from diffusion.training.health import Health, Stragglers, explained_out_of_memory
 from diffusion.training.optimization import (
     build_optimizer,
@@ -37,25 +34,16 @@ from diffusion.training.optimization import (
 from diffusion.training.parallel import AUTOCAST, place, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.replay import StepRecorder
+from diffusion.training.reports import Reporting, Reports
 from diffusion.training.requests import Request, Requests, resume_command
-from diffusion.training.run_log import LOGGER, MetricsLog, configure_logging, format_duration
+from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.saving import Saver, falls_on
 from diffusion.training.sharding import is_sharded
-from diffusion.training.state import RunState, evaluated_network, read_record
-from diffusion.training.validation import PromptGrid, ValidationLoss
+from diffusion.training.state import RunState, read_record
 from diffusion.training.verdict import Verdict
 from diffusion.training.watchdog import Watchdog
 from diffusion.training.window import Window
 from diffusion.training.work_dir import CHECKPOINTS, find_checkpoint, open_work_dir
-
-
-@dataclass
-class Reporting:
-    """Names under which a run reports: TensorBoard on or off, its folder, and the tag of the loss."""
-
-    tensorboard: bool = True
-    project_name: str = "text2image-fine-tune"
-    loss_name: str = "loss"
 
 
 class Trainer:
@@ -108,7 +96,7 @@ class Trainer:
         self.window = Window(self.ranks.device)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
-        self.model = wrap(network, self.ranks)
+        self.model = wrap(network, config, self.ranks)
         self.faults, self.stragglers = Faults(self.ranks.rank), Stragglers(self.ranks)
         self.watchdog = Watchdog(self.ranks, config.health.hang_timeout_s, self.work_dir / "stacks")
         recorder = StepRecorder(
@@ -196,6 +184,20 @@ class Trainer:
             resumed_from=self.resumed_from,
         )
 
+    def _build_reports(self) -> Reports:
+        return Reports(
+            self.config,
+            self.reporting,
+            self.ranks,
+            self.state,
+            self.objective,
+            self.dataset,
+            self.sampler,
+            self.work_dir,
+            total_steps=self.total_steps,
+            is_resumed=self.resumed_from is not None,
+        )
+
     def _total_steps(self) -> int:
         steps = self.config.num_epochs * self.sampler.steps_per_epoch
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
@@ -215,20 +217,19 @@ class Trainer:
             self._fit()
 
     def _fit(self) -> None:
-        self._announce()
-        self.metrics = self._open_metrics()
-        self._show_first_batch()
-        self.validation = self._build_validation()
+        self.reports = self._build_reports()
+        self.reports.begin()
         saver = self._build_saver()
         if self.config.validation.at_start and self.state.step == 0:
-            self._validate()
+            self.reports.validate()
         self._base_lr = scaled_learning_rate(self.config, self.global_batch)
         # A schedule that is not resumed begins anew and ends with the run.
         offset = 0 if self.config.resume_from.resume_lr_scheduler else self.state.updates
         factor = lr_factor(self.config, self.total_steps - offset)
         self._factor = lambda step: factor(step - offset)
+        self.first_step = self.state.step
         self.window.begin()
-        self.started, self.first_step = time.perf_counter(), self.state.step
+        self.reports.start_clock()
         with Requests(self.ranks, self.work_dir) as requests:
             try:
                 request = self._run(saver, requests)
@@ -247,10 +248,10 @@ class Trainer:
             window.add(self._train_step(micro_batches, window))
             step, request = self.state.step, requests.agreed()
             if falls_on(step, self.config.log_interval, self.total_steps):
-                self._log(window)
+                self.reports.log(window)
             if falls_on(step, self.config.validation_every_steps, self.total_steps):
                 with window.paused():
-                    self._validate()
+                    self.reports.validate()
             if saver.is_due() or request is not Request.NONE:
                 with window.paused():
                     self._save(saver, request)
@@ -259,8 +260,7 @@ class Trainer:
 
     def _save(self, saver: Saver, request: Request) -> None:
         """Begin to save; whatever is logged until here is on the disk before the checkpoint is."""
-        if self.metrics is not None:
-            self.metrics.flush()
+        self.reports.flush()
         saver.save(self.window.state(), checkpoint=request > Request.NONE, final=request > Request.SAVE)
 
     def _train_step(self, micro_batches: Iterator[Any], window: Window) -> Verdict:
@@ -327,110 +327,10 @@ class Trainer:
         dtype = AUTOCAST[self.config.mixed_precision]
         return torch.autocast(self.ranks.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    # ---- reports ----
-
-    def _announce(self) -> None:
-        config, ranks = self.config, self.ranks
-        parameters = sum(p.numel() for p in self.state.network.parameters())
-        LOGGER.info(
-            "%s, %.1f M parameters, on %d x %s, %s", config.model, parameters / 1e6, ranks.world_size,
-            torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu", config.mixed_precision,
-        )  # fmt: skip
-        LOGGER.info(
-            "%d samples; global batch %d = %d x %d processes x %d accumulated; %d steps an epoch, %d in all",
-            len(self.dataset), self.global_batch, config.train_batch_size, ranks.world_size,
-            config.gradient_accumulation_steps, self.sampler.steps_per_epoch, self.total_steps,
-        )  # fmt: skip
-
-    def _show_first_batch(self) -> None:
-        if self.metrics is None:
-            return
-        sheet = first_batch_sheet(self.config, self.dataset, self.sampler, self.ranks.device)
-        if sheet is not None:
-            path = self.work_dir / "first_batch.png"
-            sheet.save(path)
-            self.metrics.picture(self.state.step, "first_batch", sheet)
-            LOGGER.info("step %d  first batch, decoded from its latents: %s", self.state.step, path)
-
-    def _open_metrics(self) -> MetricsLog | None:
-        if not self.ranks.is_main:
-            return None
-        return MetricsLog(
-            self.work_dir,
-            self.state.step if self.resumed_from is not None else -1,
-            tensorboard=self.reporting.tensorboard,
-            project_name=self.reporting.project_name,
-        )
-
-    def _log(self, window: Window) -> None:
-        self.state.settle()
-        loss, norm = window.means().tolist()  # of all processes; NaN if every step was skipped
-        seconds, steps = window.seconds(), window.steps
-        step, lr = self.state.step, self.state.optimizer.param_groups[0]["lr"]
-        remaining = (self.total_steps - step) * (time.perf_counter() - self.started) / (step - self.first_step)
-        values = {
-            self.reporting.loss_name: loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "images_per_s": steps * self.global_batch / seconds,
-            "data_wait_share": window.waited_s / seconds,
-            "epoch": (step - 1) // self.sampler.steps_per_epoch,
-            "remaining_s": remaining,
-        }
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        if self.state.skipped_steps:
-            values["skipped_steps"] = self.state.skipped_steps
-        if self.ranks.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        window.restart()
-        if self.metrics is not None:
-            self.metrics.write(step, values)
-            LOGGER.info(
-                "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.1f images/s  data wait %.1f%%  ETA %s",
-                step, self.total_steps, loss, norm, lr, values["images_per_s"], 100 * values["data_wait_share"],
-                format_duration(remaining),
-            )  # fmt: skip
-
-    # ---- validation ----
-
-    def _build_validation(self) -> tuple[ValidationLoss | None, PromptGrid | None]:
-        config = self.config
-        if config.validation_every_steps is None:
-            return None, None
-        loss = ValidationLoss(config, self.objective, self.ranks) if self._has_validation_split() else None  # type: ignore[arg-type]
-        has_prompts = bool(config.validation.prompts or config.validation.prompt_file)
-        draws = has_prompts and self.ranks.is_main
-        grid = self.family.build_grid(config, self.ranks.device, self.dataset) if draws else None
-        return loss, grid
-
-    def _has_validation_split(self) -> bool:
-        return self.config.data.type == "Store" and self.config.validation.num_samples > 0
-
-    def _validate(self) -> None:
-        """Loss on every rank, grid on the main one, both with the averaged weights if there are any."""
-        loss_of, grid = self.validation
-        if loss_of is None and grid is None:
-            return
-        step = self.state.step
-        with evaluated_network(self.state, self.config) as network:
-            loss = loss_of(network) if loss_of is not None else None
-            picture = grid.draw(network) if grid is not None else None
-        if loss is not None and self.metrics is not None:
-            self.metrics.write(step, {"validation_loss": loss})
-            LOGGER.info("step %d  validation loss %.4f", step, loss)
-        if picture is not None and self.metrics is not None:
-            path = self.work_dir / "validation" / f"step_{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-            self.metrics.picture(step, "validation", picture)
-            LOGGER.info("step %d  validation grid: %s", step, path)
-        self.ranks.barrier()
-
     def _close(self, saver: Saver, request: Request) -> None:
         """Wait for the last save, then say how the run ended."""
         self.ranks.on_main(saver.finish)
-        if self.metrics is not None:
-            self.metrics.close()
+        self.reports.close()
         step, end = self.state.step, f"after step {self.state.step} of {self.total_steps}; go on with: "
         end += resume_command(self.ranks)
         if step == self.total_steps:

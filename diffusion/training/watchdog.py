@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -90,6 +91,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._is_on:
+            self._run = self._ranks.broadcast(uuid.uuid4().hex)  # no heartbeat of an earlier run or start counts
             faulthandler.enable()
             if threading.current_thread() is threading.main_thread() and _has_no_handler(signal.SIGTERM):
                 signal.signal(signal.SIGTERM, self._terminate)
@@ -150,8 +152,7 @@ class Watchdog:
     def _connect(self) -> Any:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
-        run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        prefixed = dist.PrefixStore(f"watchdog/{run}", store)
+        prefixed = dist.PrefixStore(f"watchdog/{self._run}", store)
         prefixed.set(str(self._mine.rank), json.dumps(asdict(self._mine)))
         return prefixed
 

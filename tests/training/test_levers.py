@@ -216,7 +216,8 @@ def test_tread_trains_the_same_weights_and_is_gone_in_validation(config_file: Pa
         assert sizes.pop() == tokens
     assert watch_blocks(network, batch, 0, None, None) is None
     assert curve(tmp_path / "run", "validation_loss")[40] == pytest.approx(
-        float(trainer.validation[0](load_transformer(tmp_path / "run/checkpoints/checkpoint-40", ema=True))), rel=1e-5
+        float(trainer.reports.validation_loss(load_transformer(tmp_path / "run/checkpoints/checkpoint-40", ema=True))),
+        rel=1e-5,
     )
 
 

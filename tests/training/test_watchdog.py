@@ -119,7 +119,6 @@ def test_a_killed_rank_is_named(config_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="after a restart gloo's first connection is refused now and then")
 def test_a_restart_goes_on(config_file: Path, tmp_path: Path) -> None:
     done = launch(config_file, tmp_path / "restarted", "kill@step=5,rank=1", "--max-restarts=1")
     assert done.returncode == 0, done.stderr[-2000:]

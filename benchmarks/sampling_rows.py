@@ -1,0 +1,164 @@
+"""Latency of one picture drawn by all processes of a start, for `scaling.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+TOKENS = 60  # of a caption
+STEPS = 20  # of DPM-Solver++, with guidance
+
+
+def sampling_rows(args: argparse.Namespace, ranks: Any) -> list[dict[str, Any]]:
+    """A row for every way to share the work and every mode: eager, compiled blocks and VAE, one CUDA graph a pass."""
+    on_card = ranks.device.type == "cuda"
+    ways = {"guidance apart": 2, "tokens alone shared": 1} if ranks.world_size > 1 else {"alone": 1}
+    rows = []
+    pipeline = build_pipeline(args, ranks.device)
+    for mode in ("eager", "compiled", "graph") if on_card else ("eager",):
+        if mode == "compiled":
+            pipeline.transformer.compile_blocks()
+            pipeline.vae.decoder.compile()
+        for way, groups in ways.items():
+            share(pipeline, ranks, groups, graphed=mode == "graph")
+            rows.append(
+                {"processes": ranks.world_size, "way": way, "mode": mode, **time_pictures(args, pipeline, ranks)}
+            )
+            if ranks.is_main:
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def share(pipeline: Any, ranks: Any, groups: int, *, graphed: bool) -> None:
+    """Spread the network's passes over the processes, as one CUDA graph each if asked for."""
+    if ranks.world_size > 1:
+        pipeline.share_work(ranks, row_groups=groups)
+    if graphed:
+        pipeline._shared = Graphed(pipeline._shared or pipeline.transformer)
+
+
+def build_pipeline(args: argparse.Namespace, device: Any) -> Any:
+    """XL/2 for 1024 px and the VAE of Stable Diffusion in bf16 with random weights, equal on all processes; no T5."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from diffusion.inference import PixArtPipeline, make_scheduler
+    from diffusion.models import build_model
+
+    network = {"input_size": 128, "pe_interpolation": 2.0, "caption_channels": 4096}
+    channels, groups = (128, 256, 512, 512), 32
+    if args.tiny:
+        network |= {"input_size": 8, "hidden_size": 48, "num_heads": 4, "depth": 2, "caption_channels": 16}
+        channels, groups = (8, 8, 8, 8), 4
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = build_model("PixArtMS_XL_2", **network)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=channels,
+            layers_per_block=2,
+            norm_num_groups=groups,
+        )
+    with torch.no_grad():  # a fresh network predicts zero
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02)
+    if device.type == "cuda":
+        transformer.to(torch.bfloat16)
+        vae.to(torch.bfloat16, memory_format=torch.channels_last)
+    for module in (transformer, vae):
+        module.eval().requires_grad_(False)
+    pipeline = PixArtPipeline(None, None, vae, transformer, make_scheduler("dpm-solver"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def time_pictures(args: argparse.Namespace, pipeline: Any, ranks: Any) -> dict[str, Any]:
+    """Milliseconds from caption embeddings to pixels on the host and to latents on the device, medians; peak memory."""
+    import torch
+
+    device, width = ranks.device, pipeline.transformer.config.caption_channels
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, TOKENS, width, generator=generator).to(device, pipeline.transformer.dtype)
+    mask = torch.ones(1, TOKENS, dtype=torch.bool, device=device)
+    conditions = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    conditions |= {"negative_prompt_embeds": embeds[:, :1], "negative_prompt_attention_mask": mask[:, :1]}
+
+    def draw(output_type: str) -> Any:
+        return pipeline(**conditions, num_inference_steps=STEPS, seed=0, output_type=output_type).images
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        work(), work()
+        seconds = []
+        for _ in range(args.pictures):
+            ranks.barrier()
+            finish(device)
+            began = time.perf_counter()
+            work()
+            finish(device)
+            seconds.append(time.perf_counter() - began)
+        return round(1000 * statistics.median(seconds), 1)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    figures: dict[str, Any] = {
+        "picture_ms": milliseconds(lambda: draw("pt").cpu()),
+        "latents_ms": milliseconds(lambda: draw("latent")),
+    }
+    latents = draw("latent").float()
+    figures["rms_of_latents"] = round(latents.square().mean().sqrt().item(), 4)  # near those of one process
+    if device.type == "cuda":
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return figures
+
+
+def finish(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Graphed:
+    """A forward pass, its communication included, as one CUDA graph for every set of shapes: nothing waits for the
+    host. What it returns is overwritten by the next call."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._captured: dict[Any, Any] = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        given = [*arguments, *options.values()]
+        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in given)
+        if key not in self._captured:
+            self._captured[key] = self._capture(arguments, options)
+        graph, inputs, output = self._captured[key]
+        for held, tensor in zip(inputs, given):
+            held.copy_(tensor)
+        graph.replay()
+        return output
+
+    def _capture(self, arguments: Any, options: Any) -> Any:
+        import torch
+
+        inputs = [tensor.clone() for tensor in (*arguments, *options.values())]
+        named = dict(zip(options, inputs[len(arguments) :]))
+
+        def run() -> Any:
+            return self._forward(*inputs[: len(arguments)], **named)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread asks events meanwhile
+            output = run()
+        return graph, inputs, output
