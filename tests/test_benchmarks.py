@@ -69,6 +69,19 @@ def test_training_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_training_levers(tmp_path: Path) -> None:
+    out = tmp_path / "levers.json"
+    arms = ["--pixels", 256, "--arms", "eager", "--steps", 1, "--windows", 2]
+    run("benchmarks/bench_training_levers.py", "--tiny", *arms, "--out", out)
+    result = json.loads(out.read_text())
+    assert {row["what"] for row in result["attention"]} == {"self", "text, mask", "text, spare", "text, packed"}
+    assert not [row for row in result["attention"] if "error" in row]
+    eager = result["256 px"]["eager"]
+    assert eager["images_per_s"] > 0
+    assert eager["profile"]["ms_a_step"]["gemm"] > 0
+
+
+@pytest.mark.slow
 def test_parallel(tmp_path: Path) -> None:
     out = tmp_path / "parallel.json"
     run("benchmarks/bench_parallel.py", "--tiny", "--steps", 2, "--warm-up", 1, "--out", out)

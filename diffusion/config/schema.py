@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from diffusion.config.schema_data import DataConfig
 from diffusion.config.schema_families import FamilyFields
+from diffusion.config.schema_kernels import KernelsConfig
 from diffusion.config.schema_levers import LeverFields, check_levers
 from diffusion.config.schema_lora import LoraConfig
 from diffusion.config.schema_parallel import (
@@ -147,6 +148,7 @@ class OptimisationFields(Section):
     compile: bool = Field(
         default=False, description="torch.compile the blocks: faster after a slow start; needs a compiler or Triton."
     )
+    kernels: KernelsConfig = Field(default=KernelsConfig(), description="By which kernels the blocks compute.")
     use_fsdp: bool = Field(default=False, description="Shard weights and optimiser over processes (else DDP).")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the run is spread over processes.")
     health: HealthConfig = Field(default=HealthConfig(), description="When a run warns, skips a step or stops.")
@@ -217,6 +219,10 @@ class TrainConfig(RunFields, OptimisationFields, LeverFields, ModelFields, DataF
             raise rule_error("kv_compress_config", "must set sampling and kv_compress_layer when kv_compress is True")
         if self.lora is not None and self.posthoc_ema is not None:
             raise rule_error("posthoc_ema", "averages whole networks; set ema_rate for an average of the adapter")
+        if self.lora is not None and self.kernels.fp8 is not None:
+            raise rule_error(
+                "kernels.fp8", "is for training whole networks; an adapter trains in mixed_precision alone"
+            )
         if self.w_min > self.w_max:
             raise rule_error("w_min", f"must not exceed w_max={self.w_max!r}")
         check_levers(self)
@@ -241,6 +247,8 @@ class TrainConfig(RunFields, OptimisationFields, LeverFields, ModelFields, DataF
                 "chooses by itself what to recompute inside a block; leave grad_checkpointing_args.policy='selective' "
                 "out, or set compile=False",
             )
+        if self.grad_checkpointing_args.policy == "budget" and not self.compile:
+            raise rule_error("grad_checkpointing_args", "policy='budget' is the compiler's choice; set compile=True")
         return self
 
     @property

@@ -41,11 +41,23 @@ class ParallelConfig(Section):
 class GradCheckpointingArgs(Section):
     """What `grad_checkpointing=True` recomputes in the backward pass."""
 
-    policy: Literal["blocks", "selective"] = Field(
+    policy: Literal["blocks", "selective", "budget"] = Field(
         default="blocks",
-        description="blocks: all inside a block; selective: all but the outputs of matrix products and attention.",
+        description="blocks: all inside a block; selective: all but the outputs of matrix products and attention; "
+        "budget: what saves `budget` with the least arithmetic (compile=True alone, whose solver chooses).",
+    )
+    budget: float = Field(
+        default=0.5, ge=0, le=1, description="policy='budget': share of what a block would keep, 1 = all of it."
     )
     every: int = Field(default=1, gt=0, description="Apply the policy to every n-th block; the others keep everything.")
+
+    @model_validator(mode="after")
+    def _budget_is_read(self) -> Self:
+        if self.policy != "budget" and self.budget != type(self).model_fields["budget"].default:
+            raise rule_error("budget", "is read by policy='budget' only; set it, or leave budget out")
+        if self.policy == "budget" and self.every != 1:
+            raise rule_error("every", "is not read by policy='budget', which chooses in every block; leave it out")
+        return self
 
 
 class HealthConfig(Section):

@@ -20,6 +20,7 @@ from diffusion.images import decode_latents, in_fast_layout
 from diffusion.inference.fp8 import has_fp8_products, quantize_network
 from diffusion.inference.graphs import GraphCache, Work, addresses
 from diffusion.inference.shortcuts import Shortcuts
+from diffusion.models.kernels import Kernels, use_kernels
 
 if TYPE_CHECKING:
     from diffusion.inference.memory import MemoryPlan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 CAPTION_LENGTHS = (32, 64, 120, 300)  # captions are padded to the next of these: each length has a graph of its own
+CARD_KERNELS = Kernels(attention="auto", text="packed")  # in half precision on CUDA
 MAX_GRAPHS = 8  # solver loops kept, by size, batch, caption length, steps and solver
 _MAX_SHAPES = 64  # compiled forms of a block; torch's own limit of 8 is below the number of trained sizes
 
@@ -41,6 +43,7 @@ class FastSettings:
     autotune: bool = False
     vae_bfloat16: bool = False
     fp8: bool = False
+    kernels: Kernels | None = None
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
 
     def changes(self) -> dict[str, Any]:
@@ -70,6 +73,8 @@ class FastPath:
         if self._ready_for == device:
             return
         self._ready_for, settings = device, self.settings
+        on_card = device.type == "cuda" and network.dtype in (torch.bfloat16, torch.float16)
+        use_kernels(network, settings.kernels or (CARD_KERNELS if on_card else Kernels()))
         if settings.graph and device.type != "cuda":
             self.say(f"fast sampling: CUDA graphs need a card of NVIDIA; on {device.type} the loop runs step by step")
         if settings.fp8 and not has_fp8_products(device):
@@ -151,6 +156,7 @@ class FastSampling:
         graph: bool = True,
         compile: bool | None = None,
         autotune: bool = False,
+        kernels: Kernels | None = None,
         vae_bfloat16: bool = False,
         fp8: bool = False,
         guidance_until: float = 1.0,
@@ -168,6 +174,8 @@ class FastSampling:
             compile: have blocks and the VAE's decoder compiled; kernels are kept on disk for the next process. None =
                 on CUDA alone, as it takes long on a CPU.
             autotune: try more kernels while compiling; takes minutes once.
+            kernels: attention, text and fused operations of the blocks; None = on CUDA in half precision the best
+                exact attention of the card, and captions without padding.
             vae_bfloat16: decode in bfloat16.
             fp8: lossy: large linear layers in 8-bit floating point. Cannot be undone; load the pipeline again.
             guidance_until: lossy: share of the steps, from the first, that are guided.
@@ -175,7 +183,9 @@ class FastSampling:
         Raises:
             PromptError: a value outside its range, adapters that are not fused, or too late for it.
         """
-        settings = FastSettings(graph, compile, autotune, vae_bfloat16, fp8, Shortcuts(guidance_until, reuse_every))
+        settings = FastSettings(
+            graph, compile, autotune, vae_bfloat16, fp8, kernels, Shortcuts(guidance_until, reuse_every)
+        )
         if (fp8 or vae_bfloat16) and self.memory_plan is not None:
             raise PromptError("fp8 and vae_bfloat16 change weights: enable_fast_sampling before the memory plan is set")
         if fp8 and adapter_names(self.transformer):
@@ -195,8 +205,9 @@ class FastSampling:
 
     def disable_fast_sampling(self) -> None:
         """Draw plainly again; what was cast or put into FP8 stays so."""
-        self._fast = None
-        modules = [*network_blocks(self.controlnet or self.transformer), getattr(self.vae, "decoder", None)]
+        self._fast, network = None, self.controlnet or self.transformer
+        use_kernels(network, Kernels())
+        modules = [*network_blocks(network), getattr(self.vae, "decoder", None)]
         for module in modules:
             if isinstance(module, nn.Module):
                 module._compiled_call_impl = None

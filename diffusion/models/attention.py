@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffusion.models.kernels import Kernels, TextLengths, attend, attend_text, from_heads, text_width, to_heads
 from diffusion.models.token_sharing import TokenSharing
 
 SAMPLINGS = ("conv", "ave", "uniform")
@@ -43,6 +44,8 @@ class SelfAttention(nn.Module):
     key/value grid by r a side, after the norm.
     """
 
+    kernels = Kernels()
+
     def __init__(
         self, width: int, num_heads: int, *, qk_norm: bool = False, sampling: str = "conv", sr_ratio: int = 1
     ) -> None:
@@ -61,19 +64,27 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, N, D) of a grid of rows x cols tokens -> (B, N, D)."""
+        kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
+        if self.sr_ratio == 1 and isinstance(self.q_norm, nn.Identity) and not self.fp32:
+            heads = to_heads(self.qkv, tokens, channels, kernels.head_width)  # (B, N, 3 * H, c)
+            attended = self._attend(*heads.chunk(3, dim=2), channels)
+            return from_heads(self.proj, attended, channels)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.sr_ratio > 1:
             k, v = self._compress(k, grid), self._compress(v, grid)  # (B, N / r^2, D)
         dtype = torch.float32 if self.fp32 else v.dtype
-        q, k, v = (rearrange(part, "b n (h c) -> b h n c", h=self.num_heads).to(dtype) for part in (q, k, v))
-        with torch.autocast(tokens.device.type, enabled=False):  # q, k, v have the precision that was asked for
-            if self.sharing is not None:
-                q, k, v = self.sharing.to_heads(q, k, v)
-            attended = F.scaled_dot_product_attention(q, k, v)
-            if self.sharing is not None:
-                attended = self.sharing.to_tokens(attended)
-        return self.proj(rearrange(attended, "b h n c -> b n (h c)").to(tokens.dtype if self.fp32 else dtype))
+        q, k, v = (rearrange(part, "b n (h c) -> b n h c", h=self.num_heads).to(dtype) for part in (q, k, v))
+        attended = self._attend(q, k, v)
+        return self.proj(attended.flatten(2).to(tokens.dtype if self.fp32 else dtype))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, channels: int | None = None) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):  # q, k, v have the precision that was asked for
+            if self.sharing is None:
+                return attend(q, k, v, self.kernels, channels=channels)
+            q, k, v = (part.transpose(1, 2) for part in self.sharing.to_heads(*(p.transpose(1, 2) for p in (q, k, v))))
+            attended = attend(q, k, v, self.kernels, channels=channels)
+            return self.sharing.to_tokens(attended.transpose(1, 2)).transpose(1, 2)
 
     def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, cols = grid
@@ -91,6 +102,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Image tokens attend to caption tokens; padding is never attended."""
 
+    kernels = Kernels()
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -98,19 +111,25 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, caption: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L) bool, True = keep -> (B, N, D).
+    def forward(self, tokens: Tensor, caption: Tensor, text: Tensor | TextLengths | None) -> Tensor:
+        """Image tokens (B, N, D) and captions to (B, N, D).
 
-        In place of the caption, its `keys_values`.
+        Args:
+            caption: (B, L, D), or (T, D) of packed captions; or `keys_values` of it.
+            text: (B, 1, 1, L) bool, True = keep; None = every token; or the lengths of packed captions.
         """
-        q = rearrange(self.q_linear(tokens), "b n (h c) -> b h n c", h=self.num_heads)
+        kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
+        width, spare = text_width(kernels, channels, text)
+        q = to_heads(self.q_linear, tokens, channels, width, spare)
         k, v = caption if caption.ndim > 3 else self.keys_values(caption)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        return self.proj(rearrange(attended, "b h n c -> b n (h c)"))
+        return from_heads(self.proj, attend_text(q, k, v, text, kernels), channels)
 
     def keys_values(self, caption: Tensor) -> Tensor:
-        """(B, L, D) -> (2, B, H, L, D / H); no timestep enters, so a solver needs them once a picture."""
-        return rearrange(self.kv_linear(caption), "b l (two h c) -> two b h l c", two=2, h=self.num_heads)
+        """(B, L, D) -> (2, B, L, H, D / H), packed (T, D) -> (2, T, H, D / H).
+
+        No timestep enters, so a solver needs them once a picture.
+        """
+        return self.kv_linear(caption).unflatten(-1, (2, self.num_heads, -1)).movedim(-3, 0)
 
 
 def expand_caption_mask(caption_mask: Tensor | None) -> Tensor | None:

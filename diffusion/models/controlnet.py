@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.initialization import zero_
+from diffusion.models.kernels import TextLengths
+from diffusion.models.latent_transformer import compile_blocks
 from diffusion.models.pixart import PixArt, PixArtBlock, PixArtConfig, TextSignal, TimeSignal
 from diffusion.models.token_sharing import TokenSharing
 
@@ -35,14 +37,14 @@ class ControlBlock(nn.Module):
         control: Tensor,
         tokens: Tensor,
         caption: Tensor,
-        attention_mask: Tensor | None,
+        text: Tensor | TextLengths | None,
         modulation: Tensor,
         grid: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         """control, tokens (B, N, D) -> control of the next block, and what the base adds, both (B, N, D)."""
         if self.before_proj is not None:
             control = tokens + self.before_proj(control)
-        control = self.copied_block(control, caption, attention_mask, modulation, grid)
+        control = self.copied_block(control, caption, text, modulation, grid)
         return control, self.after_proj(control)
 
 
@@ -81,11 +83,10 @@ class ControlPixArt(nn.Module):
         """Of the base model: it holds the null caption."""
         return self.base_model.y_embedder
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, dynamic: bool | None = None) -> None:
         """See `PixArt.compile_blocks`."""
-        self.base_model.compile_blocks()
-        for block in self.controlnet:
-            block.compile()
+        self.base_model.compile_blocks(dynamic=dynamic)
+        compile_blocks(self.controlnet, dynamic=dynamic)
 
     def share_tokens(self, sharing: TokenSharing | None) -> None:
         """See `PixArt.share_tokens`; the condition is given as a strip as well."""

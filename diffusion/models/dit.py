@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from diffusion.models.attention import SelfAttention
 from diffusion.models.embeddings import ApproxGelu, PatchEmbedder, ScalarEmbedder
 from diffusion.models.initialization import initialize_linear, zero_
+from diffusion.models.kernels import Kernels, gated_residual, gelu_mlp, modulated_norm
 from diffusion.models.latent_transformer import LatentTransformer
-from diffusion.models.pixart import modulate
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Self-attention and MLP, each modulated by a layer of the block's own (adaLN-Zero)."""
 
+    kernels = Kernels()
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(width, config.num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, hidden_features=int(width * config.mlp_ratio), act_layer=ApproxGelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -84,8 +84,11 @@ class DiTBlock(nn.Module):
         """tokens (B, N, D), conditioning (B, D) -> (B, N, D)."""
         modulation = self.adaLN_modulation(conditioning)[:, None]  # (B, 1, 6 * D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)  # each (B, 1, D)
-        tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1), grid)
-        return tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
+        fused = self.kernels.fused
+        attended = self.attn(modulated_norm(tokens, shift1, scale1, fused=fused), grid)
+        tokens = gated_residual(tokens, attended, gate1, fused=fused)
+        normed = modulated_norm(tokens, shift2, scale2, fused=fused)
+        return gated_residual(tokens, gelu_mlp(normed, self.mlp, fused=fused), gate2, fused=fused)
 
 
 class DiTFinalLayer(nn.Module):
@@ -94,14 +97,13 @@ class DiTFinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
         """tokens (B, N, D), conditioning (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=2)
-        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+        return self.linear(modulated_norm(tokens, shift, scale))
 
 
 class DiT(LatentTransformer):
@@ -158,7 +160,7 @@ class DiT(LatentTransformer):
             (B, out_channels, h, w).
         """
         grid = self._token_grid(latents)
-        tokens = self.embed_latents(latents)  # (B, N, D)
+        tokens = self._stream(self.embed_latents(latents))  # (B, N, D)
         conditioning = self.conditioning(timesteps, class_ids)  # (B, D)
         for index in range(len(self.blocks)):
             tokens = self._run_block(index, tokens, conditioning, grid)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffusion.models.attention import SelfAttention
 from diffusion.models.checkpointing import recompute
 from diffusion.models.embeddings import PatchEmbedder, sincos_position_embedding
+from diffusion.models.kernels import Kernels
 from diffusion.models.token_sharing import TokenSharing
 
 
@@ -39,6 +40,14 @@ def _position_embedding(
         return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
 
 
+def compile_blocks(blocks: nn.ModuleList, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+    """See `LatentTransformer.compile_blocks`."""
+    if dynamic is False:  # beyond the limit torch runs uncompiled; a table of aspect ratios has about 40 shapes
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)  # type: ignore[attr-defined]
+    for block in blocks:
+        block.compile(dynamic=dynamic, backend=backend)
+
+
 class LatentTransformer(nn.Module):
     """A transformer over patches of latents, with `x_embedder` and `blocks`."""
 
@@ -46,6 +55,7 @@ class LatentTransformer(nn.Module):
     x_embedder: PatchEmbedder
     blocks: nn.ModuleList
     pos_embed: Tensor
+    kernels = Kernels()  # see `kernels.use_kernels`
     checkpoint_every = 0
     checkpoint_selectively = False
     _sharing: TokenSharing | None = None
@@ -76,13 +86,16 @@ class LatentTransformer(nn.Module):
             if isinstance(module, SelfAttention):
                 module.fp32 = enabled
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
         """Let torch.compile fuse the work inside each block; all blocks share one compilation, state-dict keys stay.
 
-        Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow; another caption length is compiled once.
+        Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow.
+
+        Args:
+            dynamic: False = once for each shape of tokens and captions, which gives the fastest code; None = another
+                shape is compiled once, for all further ones.
         """
-        for block in self.blocks:
-            block.compile()
+        compile_blocks(self.blocks, dynamic=dynamic, backend=backend)
 
     def share_tokens(self, sharing: TokenSharing | None) -> None:
         """From now on the latents given to this process are its strip of rows of the picture, (B, C, h / P, w), and so
@@ -100,6 +113,13 @@ class LatentTransformer(nn.Module):
         else:
             positions = self._sharing.strip(self._sincos((rows * self._sharing.size, cols)), dim=1)
         return self.x_embedder(latents.to(self.dtype)) + positions
+
+    def _stream(self, tokens: Tensor) -> Tensor:
+        """Tokens in the precision in which they run from block to block."""
+        device = tokens.device.type
+        if self.kernels.bf16_stream and torch.is_autocast_enabled(device):
+            return tokens.to(torch.get_autocast_dtype(device))
+        return tokens
 
     def _run_block(self, index: int, *arguments: Any) -> Tensor:
         """One block, recomputed in the backward pass if that is asked for."""

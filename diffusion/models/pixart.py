@@ -23,6 +23,7 @@ from diffusion.models.embeddings import (
     SizeEmbedder,
 )
 from diffusion.models.initialization import initialize_weights
+from diffusion.models.kernels import Kernels, TextLengths, gated_residual, gelu_mlp, modulated_norm, pack, residual_norm
 from diffusion.models.latent_transformer import LatentTransformer
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
@@ -98,15 +99,13 @@ class TimeSignal(NamedTuple):
 
 
 class TextSignal(NamedTuple):
-    """Captions as the blocks take them: for each block (B, L, D), or `CrossAttention.keys_values`; the mask of all."""
+    """Captions as the blocks take them: for each block (B, L, D), or `CrossAttention.keys_values`.
+
+    mask: of all, (B, 1, 1, L), or the lengths of packed captions.
+    """
 
     captions: Sequence[Tensor]
-    attention_mask: Tensor | None
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part: tokens (B, N, D), shift and scale (B, 1, D)."""
-    return tokens * (1 + scale) + shift
+    mask: Tensor | TextLengths | None
 
 
 class PixArtBlock(nn.Module):
@@ -116,12 +115,13 @@ class PixArtBlock(nn.Module):
     a table of offsets. Cross-attention is neither normalised nor modulated.
     """
 
+    kernels = Kernels()
+
     def __init__(self, config: PixArtConfig, index: int) -> None:
         super().__init__()
         width = config.hidden_size
         compress = config.kv_compress
         compresses = compress is not None and index in compress.layers
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(
             width,
             config.num_heads,
@@ -130,22 +130,28 @@ class PixArtBlock(nn.Module):
             sr_ratio=compress.scale_factor if compress and compresses else 1,
         )
         self.cross_attn = CrossAttention(width, config.num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, hidden_features=int(width * config.mlp_ratio), act_layer=ApproxGelu)
         rate = config.drop_path * index / max(config.depth - 1, 1)
         self.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
-        self, tokens: Tensor, caption: Tensor, attention_mask: Tensor | None, modulation: Tensor, grid: tuple[int, int]
+        self,
+        tokens: Tensor,
+        caption: Tensor,
+        text: Tensor | TextLengths | None,
+        modulation: Tensor,
+        grid: tuple[int, int],
     ) -> Tensor:
-        """tokens (B, N, D), caption (B, L, D), attention_mask (B, 1, 1, L), modulation (B, 6 * D) -> (B, N, D)."""
+        """tokens (B, N, D), caption and text as `CrossAttention` takes them, modulation (B, 6 * D) -> (B, N, D)."""
         table = self.scale_shift_table + modulation.unflatten(1, (6, -1))  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        attended = self.attn(modulate(self.norm1(tokens), shift1, scale1), grid)
-        tokens = tokens + self.drop_path(gate1 * attended)
-        tokens = tokens + self.cross_attn(tokens, caption, attention_mask)
-        return tokens + self.drop_path(gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2)))
+        fused = self.kernels.fused
+        attended = self.attn(modulated_norm(tokens, shift1, scale1, fused=fused), grid)
+        tokens = gated_residual(tokens, self.drop_path(attended), gate1, fused=fused)
+        captioned = self.cross_attn(tokens, caption, text)
+        tokens, normed = residual_norm(tokens, captioned, shift2, scale2, fused=fused)
+        return gated_residual(tokens, self.drop_path(gelu_mlp(normed, self.mlp, fused=fused)), gate2, fused=fused)
 
 
 class FinalLayer(nn.Module):
@@ -154,14 +160,13 @@ class FinalLayer(nn.Module):
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
         """tokens (B, N, D), conditioning (B, D) -> (B, N, patch_size^2 * out_channels)."""
         shift, scale = (self.scale_shift_table + conditioning[:, None]).chunk(2, dim=1)  # each (B, 1, D)
-        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+        return self.linear(modulated_norm(tokens, shift, scale))
 
 
 class PixArt(LatentTransformer):
@@ -243,16 +248,16 @@ class PixArt(LatentTransformer):
             project: go on to the keys and values of each block, which serve all steps of a solver.
             copies: further blocks that need theirs (of a ControlNet).
         """
-        caption = self.y_embedder(caption_embeds.to(self.dtype))  # (B, L, D)
+        caption, mask = self._text(self.y_embedder(caption_embeds.to(self.dtype)), caption_mask)
         blocks = [*self.blocks, *copies]
         each = [block.cross_attn.keys_values(caption) if project else caption for block in blocks]
-        return TextSignal(each, expand_caption_mask(caption_mask))
+        return TextSignal(each, mask)
 
     def predict(
         self, latents: Tensor, time: TimeSignal, text: TextSignal, *, before_block: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """`forward` from embedded conditions; a single row of `time` serves all B."""
-        tokens = self.embed_latents(latents)  # (B, N, D)
+        tokens = self._stream(self.embed_latents(latents))  # (B, N, D)
         grid = self._token_grid(latents)
         tokens = self.run_blocks(tokens, time, text, grid, before_block=before_block)
         return self.read_out(tokens, time, grid)
@@ -269,7 +274,7 @@ class PixArt(LatentTransformer):
     ) -> Tensor:
         """Tokens (B, N, D) through the blocks of `span`."""
         for index in range(len(self.blocks))[span]:
-            arguments = (tokens, text.captions[index], text.attention_mask, time.modulation, grid)
+            arguments = (tokens, text.captions[index], text.mask, time.modulation, grid)
             if before_block is not None:
                 arguments = (before_block(index, *arguments), *arguments[1:])
             tokens = self._run_block(index, *arguments)
@@ -278,6 +283,12 @@ class PixArt(LatentTransformer):
     def read_out(self, tokens: Tensor, time: TimeSignal, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, N, D) of the last block -> (B, out_channels, h, w)."""
         return self._unpatchify(self.final_layer(tokens, time.conditioning), grid)
+
+    def _text(self, caption: Tensor, caption_mask: Tensor | None) -> tuple[Tensor, Tensor | TextLengths | None]:
+        """(B, L, D) and (B, L) as the blocks take them: with a mask that broadcasts, or packed."""
+        if caption_mask is not None and self.kernels.text == "packed":
+            return pack(caption, caption_mask)
+        return caption, expand_caption_mask(caption_mask)
 
     def _conditioning(self, timesteps: Tensor, img_hw: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
         conditioning = self.t_embedder(timesteps)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion.models import pad_captions
 from diffusion.objectives.captions import drop_captions
 from diffusion.objectives.levers import Alignment, Routing, silent, watch_blocks
 from diffusion.process import GaussianProcess, LogitNormal, keyed_normal, keyed_timesteps, keyed_uniform
@@ -114,6 +115,7 @@ class DenoisingObjective:
         logit_normal: density of the timesteps; None = uniform.
         noise_offset: size of noise that is constant over a channel, added to the usual.
         routing, alignment: levers of training; None = off.
+        caption_length: pad captions to so many tokens, so that compiled blocks see one shape; None = to the longest.
     """
 
     process: GaussianProcess
@@ -127,6 +129,7 @@ class DenoisingObjective:
     noise_offset: float = 0.0
     routing: Routing | None = None
     alignment: Alignment | None = None
+    caption_length: int | None = None
 
     def loss(self, model: nn.Module, batch: LatentBatch, seed: int) -> LossOutput:
         """One forward pass on a micro-batch; the same sample numbers give the same loss on any layout of ranks."""
@@ -198,11 +201,12 @@ class DenoisingObjective:
 
     def drop_captions(self, model: nn.Module, batch: LatentBatch, drop: Tensor) -> tuple[Tensor, Tensor]:
         """Captions of the batch, null where drop (B,) is True."""
+        embeds, mask = pad_captions(batch.caption_embeds, batch.caption_mask, self.caption_length or 0)
         if self.null_embeds is None:
-            return drop_captions(batch.caption_embeds, batch.caption_mask, drop, unwrap(model).y_embedder.y_embedding)
+            return drop_captions(embeds, mask, drop, unwrap(model).y_embedder.y_embedding)
         null = self.null_embeds = self.null_embeds.to(batch.caption_embeds.device)
         null_mask = torch.ones(len(null), dtype=torch.bool, device=null.device)
-        return drop_captions(batch.caption_embeds, batch.caption_mask, drop, null, null_mask)
+        return drop_captions(embeds, mask, drop, null, null_mask)
 
 
 def predict(

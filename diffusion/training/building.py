@@ -74,7 +74,8 @@ def build_network(config: TrainConfig, start: str | Path | None = None) -> Any:
     else:
         model = started_network(config.model, options, start, head)
     recomputing = config.grad_checkpointing_args
-    every = recomputing.every if config.grad_checkpointing else 0
+    by_block = config.grad_checkpointing and recomputing.policy != "budget"  # which is the compiler's
+    every = recomputing.every if by_block else 0
     model.enable_gradient_checkpointing(every, selective=recomputing.policy == "selective")
     model.use_fp32_attention(config.fp32_attention)
     if config.lora is not None:
@@ -144,5 +145,6 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         learn_variance=config.learn_sigma,
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
         noise_offset=process.noise_offset,
+        caption_length=config.model_max_length if config.compile else None,
         **options,
     )

@@ -53,6 +53,7 @@ def consistency_objective(config: TrainConfig, dataset: Any) -> ConsistencyObjec
         class_dropout_prob=base.class_dropout_prob,
         null_embeds=base.null_embeds,
         sample_latents=base.sample_latents,
+        caption_length=base.caption_length,
         num_ddim_steps=config.num_ddim_timesteps,
         guidance=(config.w_min, config.w_max) if config.w_drawn else (config.cfg_scale, config.cfg_scale),
         huber_c=config.huber_c if config.loss_type == "huber" else None,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
 from diffusion.models import PixArt
+from diffusion.models.kernels import Kernels, use_fp8, use_kernels
 from diffusion.ranks import Ranks
+from diffusion.training.run_log import LOGGER
 
 AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,8 +38,9 @@ def place(network: PixArt, config: TrainConfig, ranks: Ranks) -> PixArt:
         ConfigError: processes that do not divide into groups of parallel.shard_size.
     """
     network.train()
+    choose_kernels(network, config, ranks.device)
     if config.compile:
-        network.compile_blocks()
+        network.compile_blocks(dynamic=False)  # one compilation a bucket
     if config.strategy == "ddp" or ranks.world_size == 1:
         return network.to(ranks.device)
     mesh, frees_blocks = device_mesh(config, ranks), config.strategy != "shard_grad_op"
@@ -46,6 +51,26 @@ def place(network: PixArt, config: TrainConfig, ranks: Ranks) -> PixArt:
     rest = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     fully_shard(network, mesh=mesh, reshard_after_forward=False, mp_policy=rest)
     return network
+
+
+def choose_kernels(network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Give a network the kernels of `config.kernels`, and the compiler its budget of activations.
+
+    Raises:
+        ConfigError: a package or layers that the choice needs are missing.
+    """
+    chosen = config.kernels
+    try:
+        names = {field.name: getattr(chosen, field.name) for field in fields(Kernels)}
+        use_kernels(network, Kernels(**names), device)
+        if chosen.fp8 is not None:
+            count = use_fp8(network, chosen.fp8, chosen.fp8_layers)
+            LOGGER.info("FP8 (lossy): %d linear layers, scaled %s", count, chosen.fp8)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"kernels: {error}") from None
+    recomputing = config.grad_checkpointing_args
+    budget = recomputing.budget if config.grad_checkpointing and recomputing.policy == "budget" else 1.0
+    torch._functorch.config.activation_memory_budget = budget  # type: ignore[attr-defined]
 
 
 def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:

@@ -27,9 +27,11 @@ from diffusion.inference.denoising import denoise, guide
 from diffusion.inference.fast import padded_length
 from diffusion.inference.graphs import GraphCache, RecordedWork
 from diffusion.inference.guided import Guidance, GuidedPrediction
+from diffusion.inference.shortcuts import Shortcuts
 from diffusion.inference.solver_run import SolverRun
 from diffusion.inference.solvers import is_capturable
 from diffusion.models import ControlPixArt, PixArt
+from diffusion.models.kernels import Kernels, use_kernels
 from tests.inference.tiny_pipeline import load_quietly, tiny_transformer, write_tiny_pipeline
 from tests.tiny import TINY_TEXT_CHANNELS
 
@@ -113,6 +115,16 @@ def test_bfloat16_is_as_near_to_float64_as_the_plain_loop() -> None:
         plainly = plain(network, "dpm-solver", 6, torch.bfloat16) - exact
         fast = by_run(network, "dpm-solver", 6, embeds_time_ahead=True) - exact
     assert 0 < fast.norm() <= 1.5 * plainly.norm()
+
+
+@pytest.mark.parametrize("text", ["packed", "spare"])
+def test_text_without_a_mask_is_the_same_up_to_rounding(text: str) -> None:
+    network, expected = tiny_transformer(), plain(tiny_transformer(), "dpm-solver", 6)
+    use_kernels(network, Kernels(text=text))
+    for shortcuts in (None, Shortcuts()):
+        found = by_run(network, "dpm-solver", 6, embeds_time_ahead=True, shortcuts=shortcuts)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    by_run(network, "dpm-solver", 6, embeds_time_ahead=True, shortcuts=Shortcuts(guidance_until=0.5))
 
 
 def test_a_controlnet_has_text_of_its_own() -> None:

@@ -1,0 +1,112 @@
+"""Which form of an operation a network uses, and which attention a card is best at."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.attention
+from torch import nn
+
+from diffusion.models.kernels.elementwise import can_fuse
+
+ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4")
+TEXTS = ("mask", "spare", "packed")
+LOGGER = logging.getLogger(__name__)
+# Module and name of what FlashAttention comes in.
+_PACKAGES = {"fa3": ("flash_attn_interface", "flash-attn-3"), "fa4": ("flash_attn.cute", "flash-attn-4")}
+
+# Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head). Heads of 72
+# channels cost most kernels what 80 or 96 do. `benchmarks/bench_training_levers.py --parts attention` measures a card.
+_BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
+    9: ((512, "fa4", 80), (0, "cudnn", None)),
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Forms of the operations of a block. The default is plain torch, with the numbers it always had.
+
+    Args:
+        attention: "torch" (SDPA as torch chooses), one named kernel of SDPA ("cudnn", "flash", "efficient", "math"),
+            FlashAttention "fa3" or "fa4" (packages of their own), or "auto": what is measured to be the best on the
+            card.
+        head_width: channels that a head is padded to with zeros, for kernels that are made for certain widths; None =
+            as it is. Exact: padded weights have no gradient.
+        text: how cross-attention leaves out padding: "mask" (a mask tensor, which keeps SDPA from its fastest kernels),
+            "spare" (a spare channel pushes padded keys away; no mask tensor), "packed" (captions of different lengths
+            one after another, without padding).
+        fused: norm, modulation, gate, residual and GELU as Triton kernels with one pass each way, on a GPU.
+        bf16_stream: keep the tokens between blocks in bfloat16 under bf16 autocast, instead of float32.
+    """
+
+    attention: str = "torch"
+    head_width: int | None = None
+    text: str = "mask"
+    fused: bool = False
+    bf16_stream: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("attention", ATTENTIONS), ("text", TEXTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | None = None) -> None:
+    """Let a network compute by these kernels; "auto" is decided for its training size.
+
+    Args:
+        network: all of it that has a `kernels` attribute gets the choice.
+        device: where it will run; None = where it is.
+    Raises:
+        RuntimeError: a package that the choice needs is missing.
+    """
+    device = device or next(network.parameters()).device
+    config: Any = getattr(network, "config", None)
+    decided = decide(kernels, device, config.base_size**2 if config is not None else 0)
+    if device.type == "cuda":
+        _activate(decided.attention)
+    for module in network.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = decided  # type: ignore[assignment]
+
+
+def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
+    """The same choice with "auto" replaced by what is best on a device, and without what it cannot do, said once."""
+    if kernels.fused and not can_fuse(device):
+        LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
+        kernels = replace(kernels, fused=False)
+    if kernels.attention != "auto":
+        return kernels
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        for fewest, attention, width in _BEST.get(major, ()):
+            if num_tokens >= fewest and is_installed(attention):
+                return replace(kernels, attention=attention, head_width=width)
+        LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
+    return replace(kernels, attention="torch")
+
+
+def is_installed(attention: str) -> bool:
+    """Whether the packages of an attention are there."""
+    if attention not in _PACKAGES:
+        return True
+    try:
+        return importlib.util.find_spec(_PACKAGES[attention][0]) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
+
+
+def _activate(attention: str) -> None:
+    """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process."""
+    if attention not in _PACKAGES:
+        return
+    if not is_installed(attention):
+        raise RuntimeError(
+            f"attention={attention!r} needs the package {_PACKAGES[attention][1]}; install it, or use 'cudnn' or 'auto'"
+        )
+    torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
+    LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())

@@ -1,0 +1,96 @@
+"""Norm, modulation, gate, residual and GELU: in plain torch, or as one pass each way on a GPU.
+
+Legend: B batch, N image tokens, D width. The fused forms compute in float32 whatever the inputs' precision, and need
+CUDA and Triton; elsewhere `fused=True` runs the plain form.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on a CPU, slowly
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether the Triton kernels run there."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part: tokens (B, N, D), shift and scale (B, 1, D)."""
+    return tokens * (1 + scale) + shift
+
+
+def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, *, fused: bool = False) -> Tensor:
+    """LayerNorm without weights, then `modulate`: (B, N, D), (B, 1, D), (B, 1, D) -> (B, N, D).
+
+    Returns the precision that a matrix product would read under autocast, if fused; else what torch makes of it.
+    """
+    if fused and can_fuse(tokens.device):
+        from diffusion.models.kernels import fused as kernels
+
+        return kernels.modulated_norm(tokens, shift, scale, _product_dtype(tokens))
+    return modulate(F.layer_norm(tokens, tokens.shape[-1:], eps=EPS), shift, scale)
+
+
+def residual_norm(
+    tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, *, fused: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Residual and the norm after it: tokens + update, and `modulated_norm` of that; both (B, N, D)."""
+    if fused and can_fuse(tokens.device):
+        from diffusion.models.kernels import fused as kernels
+
+        return kernels.residual_norm(tokens, update, shift, scale, _product_dtype(tokens))
+    tokens = tokens + update
+    return tokens, modulated_norm(tokens, shift, scale)
+
+
+def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool = False) -> Tensor:
+    """tokens + gate * update in the precision of the tokens: (B, N, D), (B, N, D), (B, 1, D) -> (B, N, D)."""
+    if fused and can_fuse(tokens.device):
+        from diffusion.models.kernels import fused as kernels
+
+        return kernels.gated_residual(tokens, update, gate)
+    return (tokens + gate * update).to(tokens.dtype)
+
+
+def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Tensor:
+    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); fused, for inference: in the product's epilogue."""
+    if fused and tokens.is_cuda and type(layer) is nn.Linear and not torch.is_grad_enabled():
+        dtype = _product_dtype(tokens)
+        weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+        rows = tokens.to(dtype).flatten(0, -2)
+        return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).unflatten(0, tokens.shape[:-1])
+    return F.gelu(layer(tokens), approximate="tanh")
+
+
+def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False) -> Tensor:
+    """Two linear layers with a GELU (tanh) between them: timm's `Mlp`, (B, N, D) -> (B, N, D).
+
+    Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
+    keeps nothing of the GELU in between.
+    """
+    is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
+    if fused and is_plain and not torch.is_grad_enabled():
+        return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
+    if fused and is_plain and can_fuse(tokens.device):
+        from diffusion.models.kernels import fused as kernels
+
+        dtype = _product_dtype(tokens)
+        parts = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        return kernels.gelu_mlp(tokens.to(dtype), *(part.to(dtype) for part in parts))
+    return mlp(tokens)
+
+
+def _product_dtype(tokens: Tensor) -> torch.dtype:
+    """Precision of matrix products of these tokens: autocast's, where it is on."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype

@@ -1,0 +1,320 @@
+"""Triton kernels: norm, modulation, gate, residual and GELU with one pass over the tokens each way.
+
+What the compiler does not do by itself: a backward pass that makes the gradient of the tokens (sums over a row) and
+those of shift, scale, gate and bias (sums over the tokens) while it reads them once. Sums over tokens are taken over a
+few rows in registers; the rest of the sum is over a small tensor of such parts.
+
+Legend: B batch, N tokens, D width. Arithmetic is in float32. Modulations are (B, 1, D) and may be strided views of all
+six of a block, as long as D is contiguous.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.nn import functional as F
+
+from diffusion.models.kernels.elementwise import EPS, INTERPRETED
+
+_ROWS = 16  # of tokens that one program of a backward pass sums over
+
+
+@triton.jit
+def _norm_forward(
+    tokens, update, shift, scale, summed, out, mean, rstd, length, width, shift_stride, scale_stride, eps,
+    HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // length
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(tokens + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        x += tl.load(update + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(summed.dtype.element_ty)  # what the next layers read is what is normalised
+        tl.store(summed + row * width + column, x, mask=inside)
+        x = x.to(tl.float32)
+    centre = tl.sum(x, 0) / width
+    centred = tl.where(inside, x - centre, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    factor = tl.load(scale + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + sample * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y = centred * inverse * (1.0 + factor) + offset
+    tl.store(out + row * width + column, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(mean + row, centre)
+    tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def _norm_backward(
+    grad_out, grad_summed, x_in, mean, rstd, scale, grad_x, shift_parts, scale_parts, length, width, scale_stride,
+    HAS_SUMMED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    factor = 1.0 + tl.load(scale + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    scale_sum = tl.zeros([BLOCK], tl.float32)
+    for index in range(ROWS):
+        token = chunk * ROWS + index
+        row = sample * length + token
+        here = inside & (token < length)
+        at = row * width + column
+        dy = tl.load(grad_out + at, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_in + at, mask=here, other=0.0).to(tl.float32)
+        centre = tl.load(mean + row, mask=token < length, other=0.0)
+        inverse = tl.load(rstd + row, mask=token < length, other=0.0)
+        normal = tl.where(here, (x - centre) * inverse, 0.0)
+        shift_sum += dy
+        scale_sum += dy * normal
+        dnormal = dy * factor
+        dx = inverse * (dnormal - tl.sum(dnormal, 0) / width - normal * (tl.sum(dnormal * normal, 0) / width))
+        if HAS_SUMMED:
+            dx += tl.load(grad_summed + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=here)
+    part = (sample * tl.num_programs(1) + chunk) * width + column
+    tl.store(shift_parts + part, shift_sum, mask=inside)
+    tl.store(scale_parts + part, scale_sum, mask=inside)
+
+
+@triton.jit
+def _gate_backward(
+    grad_out, update, gate, grad_update, gate_parts, length, width, gate_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    factor = tl.load(gate + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate_sum = tl.zeros([BLOCK], tl.float32)
+    for index in range(ROWS):
+        token = chunk * ROWS + index
+        here = inside & (token < length)
+        at = (sample * length + token) * width + column
+        dy = tl.load(grad_out + at, mask=here, other=0.0).to(tl.float32)
+        gate_sum += dy * tl.load(update + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(grad_update + at, (dy * factor).to(grad_update.dtype.element_ty), mask=here)
+    part = (sample * tl.num_programs(1) + chunk) * width + column
+    tl.store(gate_parts + part, gate_sum, mask=inside)
+
+
+@triton.jit
+def _gelu_backward(
+    grad_out, hidden, out, grad_hidden, bias_parts, rows, width, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gelu(h) and its gradient: h s, with s = sigmoid(2 u), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    for step in range(STEPS):
+        row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        at = row[:, None] * width + column[None, :]
+        h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+        dh = dy * (s + h * s * (1.0 - s) * slope)
+        tl.store(out + at, (h * s).to(out.dtype.element_ty), mask=inside)
+        tl.store(grad_hidden + at, dh.to(grad_hidden.dtype.element_ty), mask=inside)
+        bias_sum += tl.sum(dh, 0)
+    tl.store(bias_parts + chunk * width + column, bias_sum, mask=column < width)
+
+
+def _launch(kernel: Any) -> Any:
+    """The kernel as the compiler sees into it; the interpreter of a CPU has no compiler."""
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _block(width: int) -> int:
+    return triton.next_power_of_2(width)
+
+
+def _dense(modulation: Tensor) -> Tensor:
+    """(B, 1, D), of which a row is contiguous and samples are a stride apart."""
+    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+
+
+# ---- norm and modulation, with or without a residual before them ----
+
+
+@triton_op("pixart::modulated_norm", mutates_args=())
+def _modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(tokens, dtype=dtype)
+    mean, rstd = _statistics(tokens)
+    _run_norm(tokens, None, shift, scale, tokens, out, mean, rstd)
+    return out, mean, rstd
+
+
+@triton_op("pixart::residual_norm", mutates_args=())
+def _residual_norm(
+    tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed, out = torch.empty_like(tokens), torch.empty_like(tokens, dtype=dtype)
+    mean, rstd = _statistics(tokens)
+    _run_norm(tokens, update, shift, scale, summed, out, mean, rstd)
+    return summed, out, mean, rstd
+
+
+def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    shape = tokens.shape[:-1]
+    return tokens.new_empty(shape, dtype=torch.float32), tokens.new_empty(shape, dtype=torch.float32)
+
+
+def _run_norm(
+    tokens: Tensor, update: Tensor | None, shift: Tensor, scale: Tensor, summed: Tensor, out: Tensor, mean: Tensor,
+    rstd: Tensor,
+) -> None:  # fmt: skip
+    batch, length, width = tokens.shape
+    _launch(_norm_forward)[(batch * length,)](
+        tokens, tokens if update is None else update, shift, scale, summed, out, mean, rstd, length, width,
+        shift.stride(0), scale.stride(0), EPS, HAS_UPDATE=update is not None, BLOCK=_block(width), num_warps=8,
+    )  # fmt: skip
+
+
+@triton_op("pixart::norm_backward", mutates_args=())
+def _norm_gradients(
+    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = x.shape
+    chunks = -(-length // _ROWS)
+    grad_x = torch.empty_like(x)
+    shift_parts, scale_parts = (x.new_empty(batch, chunks, width, dtype=torch.float32) for _ in range(2))
+    _launch(_norm_backward)[(batch, chunks)](
+        grad_out, grad_out if grad_summed is None else grad_summed, x, mean, rstd, scale, grad_x, shift_parts,
+        scale_parts, length, width, scale.stride(0), HAS_SUMMED=grad_summed is not None, ROWS=_ROWS,
+        BLOCK=_block(width), num_warps=8,
+    )  # fmt: skip
+    return grad_x, shift_parts.sum(1, keepdim=True), scale_parts.sum(1, keepdim=True)
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    has_update = len(output) == 4
+    tokens, scale = (output[0], inputs[3]) if has_update else (inputs[0], inputs[2])
+    ctx.save_for_backward(tokens, *output[-2:], scale)
+    ctx.update_dtype = inputs[1].dtype if has_update else None
+    ctx.modulation_dtypes = [part.dtype for part in inputs[-3:-1]]
+    ctx.set_materialize_grads(False)
+
+
+def _norm_grads(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    x, mean, rstd, scale = ctx.saved_tensors
+    grad_out = x.new_zeros(x.shape) if grad_out is None else grad_out.contiguous()
+    grad_summed = None if grad_summed is None else grad_summed.contiguous()
+    grad_x, *modulations = _norm_gradients(grad_out, grad_summed, x, mean, rstd, scale)
+    shift, scale = (grad.to(dtype) for grad, dtype in zip(modulations, ctx.modulation_dtypes))
+    return grad_x, shift, scale
+
+
+def _modulated_norm_backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return (*_norm_grads(ctx, grad_out, None), None)
+
+
+def _residual_norm_backward(ctx: Any, grad_summed: Tensor | None, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    grad_x, shift, scale = _norm_grads(ctx, grad_out, grad_summed)
+    return grad_x, grad_x.to(ctx.update_dtype), shift, scale, None
+
+
+_modulated_norm.register_autograd(_modulated_norm_backward, setup_context=_keep_norm)
+_residual_norm.register_autograd(_residual_norm_backward, setup_context=_keep_norm)
+
+
+def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `elementwise.modulated_norm`; the result has `dtype`."""
+    out: Tensor = _modulated_norm(tokens.contiguous(), _dense(shift), _dense(scale), dtype)[0]
+    return out
+
+
+def residual_norm(
+    tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `elementwise.residual_norm`; the norm has `dtype`, the sum the precision of the tokens."""
+    parts = _residual_norm(tokens.contiguous(), update.contiguous(), _dense(shift), _dense(scale), dtype)
+    return parts[0], parts[1]
+
+
+# ---- gate and residual: the forward pass is the compiler's ----
+
+
+@triton_op("pixart::gate_backward", mutates_args=())
+def _gate_gradients(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, width = update.shape
+    chunks = -(-length // _ROWS)
+    grad_update = torch.empty_like(update)
+    parts = update.new_empty(batch, chunks, width, dtype=torch.float32)
+    _launch(_gate_backward)[(batch, chunks)](
+        grad_out, update, gate, grad_update, parts, length, width, gate.stride(0), ROWS=_ROWS, BLOCK=_block(width),
+        num_warps=8,
+    )  # fmt: skip
+    return grad_update, parts.sum(1, keepdim=True)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(update, gate)
+        return (tokens + gate * update).to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        update, gate = ctx.saved_tensors
+        grad_update, grad_gate = _gate_gradients(grad_out.contiguous(), update, gate)
+        return grad_out, grad_update, grad_gate.to(gate.dtype)
+
+
+def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """See `elementwise.gated_residual`; the result has the precision of the tokens."""
+    out: Tensor = _GatedResidual.apply(tokens, update.contiguous(), _dense(gate))
+    return out
+
+
+# ---- the MLP: products by cuBLAS, what lies between them in one pass ----
+
+
+@triton_op("pixart::gelu_backward", mutates_args=())
+def _gelu_gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = hidden.shape
+    tile, steps, block = 8, 16, 256
+    chunks = triton.cdiv(rows, tile * steps)
+    out, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
+    parts = hidden.new_empty(chunks, width, dtype=torch.float32)
+    _launch(_gelu_backward)[(chunks, triton.cdiv(width, block))](
+        grad_out, hidden, out, grad_hidden, parts, rows, width, STEPS=steps, ROWS=tile, BLOCK=block, num_warps=4
+    )
+    return out, grad_hidden, parts.sum(0)
+
+
+class _GeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        hidden = F.linear(tokens, weight1, bias1)
+        ctx.save_for_backward(tokens, weight1, bias1, weight2, bias2, hidden)
+        return F.linear(F.gelu(hidden, approximate="tanh"), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        tokens, weight1, bias1, weight2, bias2, hidden = ctx.saved_tensors
+        rows, grad = tokens.flatten(0, -2), grad_out.flatten(0, -2)
+        activated, grad_hidden, grad_bias1 = _gelu_gradients(grad @ weight2, hidden.flatten(0, -2))
+        return (
+            (grad_hidden @ weight1).view_as(tokens),
+            grad_hidden.t() @ rows,
+            grad_bias1.to(bias1.dtype),
+            grad.t() @ activated,
+            grad.sum(0, dtype=torch.float32).to(bias2.dtype),
+        )
+
+
+def gelu_mlp(tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """See `elementwise.gelu_mlp`; all inputs have one precision."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        out: Tensor = _GeluMLP.apply(tokens, weight1, bias1, weight2, bias2)
+    return out

@@ -1,0 +1,77 @@
+"""Runs the Triton kernels in Triton's interpreter and prints, as JSON, how far they are from float64 formulas.
+
+Triton decides when it is imported whether it interprets, so this is a process of its own: TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor
+
+from diffusion.models.embeddings import ApproxGelu
+from diffusion.models.kernels import gated_residual, gelu_mlp, modulated_norm, residual_norm
+from diffusion.models.kernels.elementwise import can_fuse
+
+B, N, D = 2, 19, 24  # no powers of two, and tokens that do not fill the rows of a program
+
+
+def error(function: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> float:
+    """Largest relative error of outputs and gradients, fused in `dtype` against plain in float64."""
+    results = []
+    for fused, precision in ((True, dtype), (False, torch.float64)):
+        leaves = [value.to(dtype).to(precision).requires_grad_() for value in inputs]
+        outputs = function(*leaves, fused=fused)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        loss = sum((output.double() * torch.randn(output.shape, dtype=torch.float64)).sum() for output in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    pairs = zip(*results)
+    return max(((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+
+
+class Around(torch.nn.Module):
+    """The block's MLP, so that its weights can be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(D, hidden_features=4 * D, act_layer=ApproxGelu)
+
+    def forward(self, tokens: Tensor, fused: bool) -> Tensor:
+        return gelu_mlp(tokens, self.mlp, fused=fused)
+
+
+def mlp(tokens: Tensor, *weights: Tensor, fused: bool) -> Tensor:
+    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    given = {f"mlp.{name}": weight for name, weight in zip(names, weights)}
+    return torch.func.functional_call(Around(), given, (tokens, fused))
+
+
+def main() -> None:
+    if not can_fuse(torch.device("cpu")):
+        raise SystemExit("the kernels are not in use: set TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    tokens, update = torch.randn(B, N, D), torch.randn(B, N, D)
+    table = torch.randn(B, 6, D)
+    shift, scale, gate = table.unsqueeze(2).unbind(1)[:3]  # views with a stride, as a block has them
+    weights = [torch.randn(4 * D, D) / D**0.5, torch.randn(4 * D), torch.randn(D, 4 * D) / D**0.5, torch.randn(D)]
+    cases: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+        "modulated_norm": (modulated_norm, [tokens, shift, scale]),
+        "residual_norm": (residual_norm, [tokens, update, shift, scale]),
+        "gated_residual": (gated_residual, [tokens, update, gate]),
+        "gelu_mlp": (mlp, [tokens, *weights]),
+    }
+    errors = {
+        f"{name} {str(dtype).removeprefix('torch.')}": error(function, inputs, dtype)
+        for name, (function, inputs) in cases.items()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()

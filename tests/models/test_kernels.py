@@ -1,0 +1,238 @@
+"""Every form of a kernel computes the plain function: in float64 where it can, in bf16 as closely as plain bf16."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion.models import ControlPixArt, PixArt
+from diffusion.models.kernels import FP8Linear, Kernels, attend, use_fp8, use_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = dict(input_size=8, hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=7)
+EXACT = {
+    "head width": Kernels(head_width=16),
+    "spare channel": Kernels(text="spare"),
+    "spare channel and head width": Kernels(text="spare", head_width=24),
+    "packed text": Kernels(text="packed"),
+    "packed text and head width": Kernels(text="packed", head_width=16),
+    "fused where there is no Triton": Kernels(fused=True),
+}
+PLAIN = Kernels()
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def network(kernels: Kernels = PLAIN, device: str = "cpu", **options: object) -> PixArt:
+    """Random weights everywhere, those that start at zero included."""
+    torch.manual_seed(0)
+    model = PixArt(**{**TINY, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    model.to(device)
+    use_kernels(model, kernels)
+    return model
+
+
+def inputs(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    latents, embeds = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 16)
+    mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
+    parts = (latents.to(dtype), torch.tensor([10.0, 500.0, 990.0]), embeds.to(dtype), mask)
+    return tuple(part.to(device) for part in parts)
+
+
+def results(model: nn.Module, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output, gradient of the captions and of all weights."""
+    embeds = given[2].detach().requires_grad_()
+    output = model(given[0], given[1], embeds, given[3])
+    torch.manual_seed(2)
+    weights = torch.randn(output.shape).to(output)
+    return [output, *torch.autograd.grad((output * weights).sum(), [embeds, *model.parameters()])]
+
+
+def distance(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """Relative error of all tensors together, each counted by its own size."""
+    errors = [(a.double() - b).norm() / b.norm() for a, b in zip(ours, exact) if b.norm() > 1e-9]
+    return torch.stack(errors).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_each_form_is_the_plain_function_and_has_its_gradients(name: str) -> None:
+    plain, given = results(network().double(), inputs()), inputs()
+    ours = results(network(EXACT[name]).double(), given)
+    assert distance(ours, plain) < 1e-12
+    padded = ~given[3]
+    assert ours[1][padded].abs().max() == 0  # padding of captions gets no gradient, not even a small one
+
+
+def test_the_default_is_bit_for_bit_what_a_network_without_a_choice_computes() -> None:
+    untouched = PixArt(**TINY)
+    untouched.load_state_dict(network().state_dict())
+    given = inputs(dtype=torch.float32)
+    assert torch.equal(untouched(*given), network()(*given))
+
+
+def test_controlnet_takes_packed_captions() -> None:
+    base = network(Kernels(text="packed")).double()
+    control, given = ControlPixArt(base, 1).double(), inputs()
+    nn.init.normal_(control.controlnet[0].after_proj.weight)
+    packed = control(*given, control_latents=given[0])
+    use_kernels(control, Kernels())
+    torch.testing.assert_close(packed, control(*given, control_latents=given[0]))
+
+
+def test_captions_without_padding_are_no_special_case() -> None:
+    given = (*inputs()[:3], None)
+    assert torch.equal(network().double()(*given), network(Kernels(text="packed")).double()(*given))
+    torch.testing.assert_close(network(Kernels(text="spare")).double()(*given), network().double()(*given))
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [Kernels(head_width=16), Kernels(text="spare"), Kernels(text="packed"), Kernels(bf16_stream=True)],
+    ids=["head width", "spare channel", "packed text", "bf16 stream"],
+)
+def test_bf16_is_as_exact_as_plain_bf16(kernels: Kernels) -> None:
+    exact = results(network().double(), inputs())
+    given = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, ours = results(network(), given), results(network(kernels), given)
+    assert distance(ours, exact) < 1.5 * distance(plain, exact)
+
+
+@pytest.mark.slow
+def test_triton_kernels_compute_the_float64_formulas() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    if "PYTHONPATH" not in environment:
+        environment["PYTHONPATH"] = str(ROOT)
+    worker = Path(__file__).with_name("fused_worker.py")
+    output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+    errors = json.loads(output.stdout)
+    assert len(errors) == 8
+    for name, error in errors.items():
+        assert error < (1e-6 if name.endswith("float32") else 8e-3), name
+
+
+@gpu
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient", "fa3", "fa4"])
+@pytest.mark.parametrize("width", [None, 80])
+def test_attention_kernels_on_a_gpu(attention: str, width: int | None) -> None:
+    from diffusion.models.kernels.choice import is_installed
+
+    if not is_installed(attention):
+        pytest.skip(f"{attention} is not installed")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 256, 4, 72, device="cuda", requires_grad=True) for _ in range(3))
+    grad = torch.randn(2, 256, 4, 72, device="cuda")
+    exact = _attention(q.double(), k.double(), v.double(), grad.double(), Kernels(attention="math"), (q, k, v))
+    halves = [part.bfloat16() for part in (q, k, v)]
+    plain = _attention(*halves, grad.bfloat16(), Kernels(attention="math"), (q, k, v))
+    module = nn.Identity()
+    module.kernels = Kernels()  # type: ignore[assignment]
+    module.weight = nn.Parameter(torch.zeros(1, device="cuda"))
+    use_kernels(module, Kernels(attention=attention, head_width=width))
+    ours = _attention(*halves, grad.bfloat16(), module.kernels, (q, k, v))  # type: ignore[arg-type]
+    torch.nn.attention.restore_flash_attention_impl()
+    assert distance(ours, exact) < 1.5 * distance(plain, exact)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, kernels: Kernels, leaves: tuple[Tensor, ...]
+) -> list[Tensor]:
+    output = attend(q, k, v, kernels)
+    return [output, *torch.autograd.grad(output, leaves, grad)]
+
+
+@gpu
+@pytest.mark.parametrize(
+    "kernels",
+    [Kernels(attention="auto"), Kernels(text="spare", attention="cudnn"), Kernels(text="packed"), Kernels(fused=True)],
+    ids=["auto", "spare channel", "packed text", "fused"],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_bf16_on_a_gpu_is_as_exact_as_plain_bf16(kernels: Kernels, compiled: bool) -> None:
+    size = dict(hidden_size=288, num_heads=4)  # heads of 72 channels
+    exact = results(network(device="cuda", **size).double(), inputs("cuda"))
+    given, fast = inputs("cuda", torch.float32), network(kernels, "cuda", **size)
+    if compiled:
+        fast.compile_blocks(dynamic=False)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, ours = results(network(device="cuda", **size), given), results(fast, given)
+    assert distance(ours, exact) < 1.5 * distance(plain, exact)
+
+
+# ---- FP8 ----
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_fp8_products_are_near_and_the_weight_gradient_is_exact(recipe: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 96)
+    low = FP8Linear.of(layer, recipe)
+    assert low.weight is layer.weight
+    tokens, grad = torch.randn(2, 50, 64), torch.randn(2, 50, 96)
+    each = []
+    for module in (low, layer):
+        leaf = tokens.clone().requires_grad_()
+        output = module(leaf)
+        each.append([output, *torch.autograd.grad(output, [leaf, module.weight, module.bias], grad)])
+    ours, exact = each
+    for index in (0, 1):
+        error = (ours[index] - exact[index]).norm() / exact[index].norm()
+        assert 1e-3 < error < 0.06  # e4m3 has 3 bits after the point, e5m2 has 2
+    torch.testing.assert_close(ours[2:], exact[2:])
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_a_row_of_zeros_stays_zero_in_fp8(recipe: str) -> None:
+    low = FP8Linear.of(nn.Linear(16, 16, bias=False), recipe)
+    tokens = torch.zeros(3, 16, requires_grad=True)
+    low(tokens).sum().backward()
+    assert torch.isfinite(tokens.grad).all()  # type: ignore[arg-type]
+    assert low(tokens).abs().max() == 0
+
+
+def test_fp8_changes_the_named_layers_alone_and_no_weights() -> None:
+    model = network()
+    before = dict(model.named_parameters())
+    assert use_fp8(model, "rowwise") == 6  # three of each of two blocks
+    assert type(model.blocks[1].mlp.fc2) is FP8Linear
+    assert type(model.blocks[1].attn.proj) is nn.Linear
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+
+
+def test_fp8_says_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        use_fp8(network(hidden_size=40, num_heads=4), "rowwise")
+    with pytest.raises(ValueError, match="no linear layer"):
+        use_fp8(network(), "rowwise", ("mlp.fc3",))
+    with pytest.raises(ValueError, match="fp8='nearest' is unknown"):
+        use_fp8(network(), "nearest")
+
+
+@gpu
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_fp8_units_compute_what_is_emulated(recipe: str) -> None:
+    torch.manual_seed(0)
+    layer = FP8Linear.of(nn.Linear(128, 256), recipe).bfloat16()
+    tokens = torch.randn(64, 128, dtype=torch.bfloat16)
+    emulated = layer(tokens)
+    torch.testing.assert_close(layer.cuda()(tokens.cuda()).cpu(), emulated, rtol=2e-2, atol=2e-2)
+
+
+def test_an_unknown_choice_is_named() -> None:
+    with pytest.raises(ValueError, match="attention='fast' is unknown; choose one of torch, auto"):
+        Kernels(attention="fast")
+    with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed"):
+        Kernels(text="none")
