@@ -39,11 +39,12 @@ def run(*arguments: object) -> None:
 def test_extraction(tmp_path: Path) -> None:
     out = tmp_path / "extraction.json"
     sizes = ["--captions", 40, "--original-captions", 6, "--pictures", "32:12:3:4", "64:6:2:2"]
-    run("benchmarks/bench_extraction.py", "--tiny", *sizes, "--rows-per-shard", 16, "--out", out)
+    run("benchmarks/bench_extraction.py", "--tiny", "--eager", *sizes, "--rows-per-shard", 16, "--out", out)
     result = json.loads(out.read_text())
     assert 50 < result["captions"]["mean_tokens"] < 70
     assert result["captions"]["max_tokens"] <= 120
     assert set(result["pictures"]) == {"32", "64"}
+    assert result["disk_mb_per_s"] > 0
     for figures in (result["captions"], *result["pictures"].values()):
         assert all(value > 0 for value in figures.values())
         assert 0 < figures["share_of_matmul_rate"] < 1

@@ -43,7 +43,10 @@ def build_parser() -> ArgumentParser:
     add = retrieval.add_argument_group("sampling").add_argument
     add("--steps", type=int, nargs="+", default=[20], help="solver steps; several give a row each")
     add("--guidance", type=float, nargs="+", default=[4.5], help="guidance scales; several give a row each")
-    add("--solver", default="dpm-solver", help="dpm-solver, sa-solver, iddpm, ddim, deis or lcm")
+    add(
+        "--solver", nargs="+", default=["dpm-solver"],
+        help="dpm-solver, sa-solver, iddpm, ddim, deis, lcm; several give a row each",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="picture i has seed + i")
     add("--bs", type=int, default=16, help="pictures at a time")
     add = retrieval.add_argument_group("running").add_argument
@@ -86,15 +89,17 @@ def retrieval(args: argparse.Namespace) -> None:
     from diffusion.evaluation.retrieval import load_gallery
     from diffusion.inference.batch import load_pipeline
     from diffusion.inference.recipe import library_versions, model_fingerprint
+    from diffusion.inference.solvers import algorithm_name
 
+    solvers = [algorithm_name(name) for name in args.solver]
     prompts = read_free_prompts(args.free_prompts) if args.free_prompts else []
     device = choose_device(args.device)
-    pipeline = load_pipeline(args.model, args.pipeline_load_from, algorithm=args.solver, ema=args.ema, device=device)
+    pipeline = load_pipeline(args.model, args.pipeline_load_from, algorithm=solvers[0], ema=args.ema, device=device)
     pipeline.set_progress_bar_config(disable=True)
     gallery = load_gallery(args.data)
     settings = [
-        DrawingSettings(steps, scale, args.seed, args.bs)
-        for steps, scale in itertools.product(args.steps, args.guidance)
+        DrawingSettings(steps, scale, args.seed, args.bs, solver if len(solvers) > 1 else None)
+        for solver, steps, scale in itertools.product(solvers, args.steps, args.guidance)
     ]
     outcomes = evaluate_captions(pipeline, gallery, args.split, args.caption, settings, limit=args.limit)
     if prompts:
@@ -105,7 +110,7 @@ def retrieval(args: argparse.Namespace) -> None:
         "command": shlex.join(["python", *sys.argv]),
         "model": str(args.model),
         "model_fingerprint": model_fingerprint(pipeline.transformer),
-        "solver": args.solver,
+        "solver": " ".join(solvers),
         "seed": args.seed,
         "gallery": {"data": args.data, "pictures": len(gallery.samples), "groups": len(set(gallery.groups))},
         "versions": library_versions(),

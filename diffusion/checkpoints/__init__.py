@@ -11,17 +11,8 @@ from diffusion.checkpoints.keys import (
     module_names,
     native_to_diffusers,
 )
-from diffusion.checkpoints.opening import (
-    Checkpoint,
-    Weights,
-    build_dit,
-    load_controlnet,
-    load_dit,
-    load_transformer,
-    open_checkpoint,
-    read_transformer,
-    read_weights,
-)
+from diffusion.checkpoints.loading import build_dit, load_controlnet, load_dit, load_transformer
+from diffusion.checkpoints.opening import Checkpoint, Weights, open_checkpoint, read_transformer, read_weights
 from diffusion.checkpoints.recognition import Found
 from diffusion.checkpoints.tensors import TensorFile, read_native
 from diffusion.checkpoints.weights import (

@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -150,8 +151,10 @@ def read_torch(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the error below says enough
+            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is refused: not a plain weight file ({_reason(error)})") from error
 

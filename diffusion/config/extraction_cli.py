@@ -47,6 +47,8 @@ def extraction_parser(description: str | None, *, captions: bool = True, picture
     add("--max-length", "--max_length", type=int, default=120, help="tokens a caption at most (default: %(default)s)")
     add = parser.add_argument_group("batches and pictures").add_argument
     add("--batch-size", "--batch_size", type=int, default=16, help="pictures a VAE call (default: %(default)s)")
+    if pictures:
+        add("--compile-vae", action="store_true", help="compile the VAE: half a minute at the start, then faster (GPU)")
     add("--token-budget", type=int, default=16384, help="tokens a T5 call (default: %(default)s)")
     add(
         "--small", choices=("enlarge", "reject"), default="enlarge",

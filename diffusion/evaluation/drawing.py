@@ -19,7 +19,7 @@ from diffusion.evaluation.picture_features import fine_detail_energy
 from diffusion.evaluation.retrieval import RANKS, Gallery, nearest_pictures, recall, to_pixels
 from diffusion.features.sources import Sample
 from diffusion.images import decode_latents, encode_moments, labelled_grid, to_pil, to_tensor
-from diffusion.inference import PixArtPipeline
+from diffusion.inference import PixArtPipeline, make_scheduler
 
 JPEG_QUALITY = 75
 # Captions of data/emoji by kind: their place in a row's list.
@@ -28,12 +28,17 @@ CAPTION_KINDS = {"label": 0, "label with keywords": 1, "a 3D emoji of": 2}
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How the pictures are drawn; picture i has seed + i."""
+    """How the pictures are drawn; picture i has seed + i. solver: by name; None = the pipeline's own."""
 
     num_inference_steps: int = 20
     guidance_scale: float = 4.5
     seed: int = 0
     batch_size: int = 16
+    solver: str | None = None
+
+    def __str__(self) -> str:
+        solver = "" if self.solver is None else f"{self.solver}, "
+        return f"{solver}{self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Outcome:
 
 def draw(pipeline: PixArtPipeline, prompts: Sequence[str], settings: DrawingSettings) -> list[Image.Image]:
     """One picture a prompt."""
+    if settings.solver is not None:
+        pipeline.scheduler = make_scheduler(settings.solver, base_config=pipeline.scheduler.config)
     pictures: list[Image.Image] = []
     with tqdm(total=len(prompts), unit="picture", desc="drawing", mininterval=1) as bar:
         for start in range(0, len(prompts), settings.batch_size):
@@ -121,7 +128,7 @@ def judge_free_prompts(
     near = nearest_pictures(both, gallery.groups, 1)
     right = [prompt.accepts(gallery, found[0]) for prompt, found in zip(prompts, near)]
     figures = {
-        "name": f"free prompts, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
+        "name": f"free prompts, {settings}",
         "pictures": len(prompts),
         "concept_r1": round(sum(right) / len(right), 4),
     }
@@ -148,8 +155,8 @@ def evaluate_captions(
         for kind in kinds:
             captions = [caption_of(gallery.samples[row], kind) for row in rows]
             for setting in settings:
-                name = f"{split}, {kind}, {setting.num_inference_steps} steps, guidance {setting.guidance_scale:g}"
-                outcomes.append(judge(gallery, name, rows, captions, draw(pipeline, captions, setting)))
+                drawn = draw(pipeline, captions, setting)
+                outcomes.append(judge(gallery, f"{split}, {kind}, {setting}", rows, captions, drawn))
     return outcomes
 
 

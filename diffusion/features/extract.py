@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from diffusion.features.sources import Rejected, Sample, Source, open_source
 from diffusion.features.stages import Block, EncodedBlock, ExtractionSettings, encode_blocks
 from diffusion.features.writer import FeatureStoreWriter, RowState
 from diffusion.files import FolderLock
-from diffusion.images import PREPROCESSING_VERSION, decode_bytes, in_fast_layout, load_vae, vae_folder
+from diffusion.images import PREPROCESSING_VERSION, compile_encoder, decode_bytes, load_vae, vae_folder
 from diffusion.ranks import Ranks
 from diffusion.text import CLEANER_VERSION, CaptionEncoder, text_folders
 
@@ -34,6 +35,7 @@ MAX_REJECTED_SHARE = 0.01
 # A shard holds at most about so many captions, however many a picture has: it is encoded in memory.
 _CAPTIONS_PER_SHARD = 4096
 _PROBED = 32
+_WRITERS = 2  # one converts while the disk syncs the other's; a block of T5-XXL captions is 250 MB
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Encoders:
 
     def load_vae(self, device: torch.device, settings: ExtractionSettings) -> Any:
         """Raises CheckpointError."""
-        return in_fast_layout(load_vae(self.vae, device=device, dtype=compute_dtype(device, settings)))
+        vae = load_vae(self.vae, device=device, dtype=compute_dtype(device, settings))
+        return compile_encoder(vae) if settings.compile_vae else vae
 
     def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json of the T5 encoder and of the VAE. Raises DataError when one cannot be read."""
@@ -274,7 +277,8 @@ class _Job:
             for number in engine.run(blocks, writer):
                 bar.update(sizes[number])
                 rejected = [*self.source.rejected, *writer.rejected.values()]
-                rejected += [item for entry in writer.entries.values() for item in map(_as_rejected, entry.rejected)]
+                entries = list(writer.entries.values())  # at once: a thread adds to them
+                rejected += [item for entry in entries for item in map(_as_rejected, entry.rejected)]
                 refuse_too_many(_distinct(rejected), self.source.total, self.max_rejected, self.out)
 
     def _finish(self, writer: FeatureStoreWriter) -> None:
@@ -300,17 +304,21 @@ def has_changed(sample: Sample, state: RowState) -> bool:
 
 
 def write_behind(encoded: Iterable[EncodedBlock], commit: Callable[[EncodedBlock], None]) -> Iterator[EncodedBlock]:
-    """Commit blocks in a thread while the next one is encoded; yields each block when it is safely on disk."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[EncodedBlock, Future[None]] | None = None
+    """Commit blocks in threads while the next one is encoded; yields each, in order, when it is safely on disk."""
+    with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
+        waiting: deque[tuple[EncodedBlock, Future[None]]] = deque()
+
+        def first() -> EncodedBlock:
+            block, future = waiting.popleft()
+            future.result()
+            return block
+
         for block in encoded:
-            if waiting is not None:
-                waiting[1].result()
-                yield waiting[0]
-            waiting = block, pool.submit(commit, block)
-        if waiting is not None:
-            waiting[1].result()
-            yield waiting[0]
+            if len(waiting) == _WRITERS:
+                yield first()
+            waiting.append((block, pool.submit(commit, block)))
+        while waiting:
+            yield first()
 
 
 def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -102,9 +104,14 @@ class FeatureRow:
                 )
 
 
-def to_bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Little-endian bytes of a tensor in a storage dtype."""
-    return tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+def binaries(tensors: Sequence[Tensor], dtype: torch.dtype) -> pa.Array:
+    """A large_binary array of the little-endian bytes of tensors in a storage dtype; the bytes are copied once."""
+    parts = [tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors]
+    offsets = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
+    data = np.concatenate(parts) if parts else np.empty(0, np.uint8)
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(data)], null_count=0
+    )
 
 
 def from_buffer(buffer: pa.Buffer, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -115,16 +122,19 @@ def from_buffer(buffer: pa.Buffer, dtype: torch.dtype, shape: Sequence[int]) -> 
 
 def to_batch(rows: Sequence[FeatureRow], dtype: torch.dtype) -> pa.RecordBatch:
     """Rows as one record batch."""
-    columns = {
+    columns: dict[str, Any] = {
         "key": [row.key for row in rows],
         "image_size": [list(row.image_size) for row in rows],
         "bucket": [list(row.bucket) for row in rows],
         "crop_box": [list(row.crop_box) for row in rows],
         "latent_shape": [list(row.latents_mean.shape) for row in rows],
-        "latents_mean": [to_bytes(row.latents_mean, dtype) for row in rows],
-        "latents_std": [to_bytes(row.latents_std, dtype) for row in rows],
+        "latents_mean": binaries([row.latents_mean for row in rows], dtype),
+        "latents_std": binaries([row.latents_std for row in rows], dtype),
         "captions": [row.captions for row in rows],
-        "caption_embeds": [[to_bytes(embeds, dtype) for embeds in row.caption_embeds] for row in rows],
+        "caption_embeds": pa.ListArray.from_arrays(
+            pa.array(np.cumsum([0, *(len(row.caption_embeds) for row in rows)], dtype=np.int32)),
+            binaries([embeds for row in rows for embeds in row.caption_embeds], dtype),
+        ),
         "attributes": [
             [{"name": name, "value": value} for name, value in sorted(row.attributes.items())] for row in rows
         ],
@@ -137,7 +147,7 @@ def to_batch(rows: Sequence[FeatureRow], dtype: torch.dtype) -> pa.RecordBatch:
     if any(row.control_mean is not None for row in rows):
         schema = schema_with_control()
         for name in CONTROL_SCHEMA.names:
-            columns[name] = [to_bytes(getattr(row, name), dtype) for row in rows]
+            columns[name] = binaries([getattr(row, name) for row in rows], dtype)
     return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from diffusion.devices import HostCopy
 from diffusion.errors import ConfigError, DataError
 from diffusion.features.conditions import DEFAULT_HED, DETECTORS, Detector, read_condition
 from diffusion.features.rows import FeatureRow
@@ -52,7 +53,7 @@ class ExtractionSettings:
         dtype: storage dtype, and on a GPU the precision of the encoders.
         max_length: tokens a caption at most.
         batch_size: pictures a VAE call.
-        token_budget: tokens a T5 call, padding included.
+        token_budget: tokens a T5 call.
         small: what happens to pictures smaller than their bucket: enlarged and counted, or rejected.
         bucket_measure: how the nearest bucket is found, see `closest_bucket`.
         bucket_table: name of the bucket table; None = the one of `image_size`.
@@ -61,6 +62,7 @@ class ExtractionSettings:
             as the source's; None = none.
         hed_path: weights of the HED edge network.
         int8_text: keep T5 in 8 bits, for cards that cannot hold it in 16.
+        compile_vae: compile the VAE, see `compile_encoder`; the same features but for rounding.
     Raises:
         ConfigError: no bucket table of that name or size, or a choice of buckets without multi_scale.
     """
@@ -78,6 +80,7 @@ class ExtractionSettings:
     condition: str | None = None
     hed_path: Path = DEFAULT_HED
     int8_text: bool = False
+    compile_vae: bool = False
 
     def __post_init__(self) -> None:
         if self.multi_scale:
@@ -253,9 +256,19 @@ def _batched(
     """Pass items on; fill `moments` (mean, std, and the condition's) of the decoded ones, in batches of one bucket."""
     pending: dict[tuple[int, int], list[tuple[int, Decoded]]] = {}
 
+    underway: list[tuple[list[int], HostCopy]] = []
+
     def to_device(levels: list[np.ndarray]) -> Tensor:
-        pixels = torch.from_numpy(np.stack(levels))  # (B, H, W, 3) uint8
+        shape = (len(levels), *levels[0].shape)  # (B, H, W, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=vae.device.type == "cuda")
+        np.stack(levels, out=pixels.numpy())
         return to_unit_range(pixels.to(vae.device, non_blocking=True))
+
+    def arrive() -> None:
+        while underway:
+            indices, copy = underway.pop()
+            values = copy.wait()
+            moments.update({index: tuple(part[row] for part in values) for row, index in enumerate(indices)})
 
     def flush(bucket: tuple[int, int]) -> None:
         batch = pending.pop(bucket)
@@ -264,8 +277,8 @@ def _batched(
         given = [item.condition for _, item in batch if item.condition is not None]
         if given or detector is not None:
             found += encode_moments(vae, to_device(given) if detector is None else detector(pixels))
-        found = [values.cpu() for values in found]
-        moments.update({index: tuple(values[row] for values in found) for row, (index, _) in enumerate(batch)})
+        arrive()  # of the batch before, while the device computes this one
+        underway.append(([index for index, _ in batch], HostCopy(*found)))
 
     for index, item in items:
         if isinstance(item, Decoded):
@@ -278,6 +291,7 @@ def _batched(
         yield index, item
     for bucket in sorted(pending):
         flush(bucket)
+    arrive()
 
 
 def _row(

@@ -302,12 +302,12 @@ class FeatureStoreWriter:
         return {item["key"]: Rejected(**item) for item in listed}
 
 
-def to_arrow(table: pa.Table) -> bytes:
-    """A table as an Arrow IPC stream of one batch."""
+def to_arrow(table: pa.Table) -> pa.Buffer:
+    """A table as the bytes of an Arrow IPC stream of one batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 def write_arrow(path: Path, table: pa.Table) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def write_arrow(path: Path, table: pa.Table) -> dict[str, Any]:
     return _entry(path.name, len(table), content)
 
 
-def _entry(name: str, rows: int, content: bytes) -> dict[str, Any]:
+def _entry(name: str, rows: int, content: pa.Buffer) -> dict[str, Any]:
     return {"name": name, "rows": rows, "bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 

@@ -29,7 +29,7 @@ from diffusion.images.edges import canny_edges, detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.shared_decoding import SharedDecoder
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
-from diffusion.images.vae import decode_latents, encode_moments, in_fast_layout, load_vae, vae_folder
+from diffusion.images.vae import compile_encoder, decode_latents, encode_moments, load_vae, vae_folder
 
 __all__ = [
     "ASPECT_RATIO_256",
@@ -50,13 +50,13 @@ __all__ = [
     "aspect_ratio_table",
     "canny_edges",
     "closest_bucket",
+    "compile_encoder",
     "crop_box_for",
     "decode_bytes",
     "decode_image",
     "decode_latents",
     "detect_edges",
     "encode_moments",
-    "in_fast_layout",
     "labelled_grid",
     "load_vae",
     "picture_size",

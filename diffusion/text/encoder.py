@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from diffusion.devices import HostCopy
 from diffusion.errors import CheckpointError
 from diffusion.text.int8 import quantize_linears
+from diffusion.text.packed import encode_packed
 
 
 class CaptionEncoder:
@@ -138,21 +140,22 @@ class CaptionEncoder:
     ) -> list[Tensor]:
         """Encode captions of any number -> one (L_i, C) tensor each, on the CPU, in the order given.
 
-        They run sorted by length, so little work goes into padding: `batch_size` captions a call, or with
-        `token_budget` as many as fit that number of tokens, padding included (at least one).
+        They run end to end without padding (see `encode_packed`), sorted by length: `batch_size` captions a call, or
+        with `token_budget` as many as have that number of tokens together (at least one). The tensors of a call are
+        views of one block of memory.
         """
         token_ids = self._tokenize(captions) if len(captions) > 0 else []
         order = sorted(range(len(token_ids)), key=lambda index: len(token_ids[index]))
         results: list[Tensor] = [torch.empty(0)] * len(token_ids)
-        previous: tuple[list[int], Tensor] | None = None
-        for indices in _packed(order, [len(ids) for ids in token_ids], batch_size, token_budget):
-            embeds = self._run([token_ids[index] for index in indices])[0]
-            # The copy of a batch waits for the device while the next batch is queued already.
+        previous: tuple[list[int], HostCopy] | None = None
+        for indices in _calls(order, [len(ids) for ids in token_ids], batch_size, token_budget):
+            embeds = encode_packed(self.model, [token_ids[index] for index in indices]).to(self.dtype)
+            # A call's results are waited for while the device computes the next one.
             if previous is not None:
-                _unpad(*previous, token_ids, results)
-            previous = (indices, embeds)
+                _distribute(*previous, token_ids, results)
+            previous = (indices, HostCopy(embeds))
         if previous is not None:
-            _unpad(*previous, token_ids, results)
+            _distribute(*previous, token_ids, results)
         return results
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
@@ -192,25 +195,30 @@ def make_float16_safe(model: Any) -> Any:
     return model
 
 
-def _packed(
+def _calls(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, token_budget: int | None
 ) -> Iterator[list[int]]:
     """Cut captions that are sorted by length, shortest first, into calls."""
-    batch: list[int] = []
+    call: list[int] = []
+    tokens = 0
     for index in order:
-        padded = (len(batch) + 1) * lengths[index]  # the newest is the longest
-        if batch and (len(batch) == batch_size if token_budget is None else padded > token_budget):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+        length = lengths[index]  # the newest is the longest: attention pads all to it, at most to twice the budget
+        full = len(call) == batch_size
+        if token_budget is not None:
+            full = tokens + length > token_budget or (len(call) + 1) * length > 2 * token_budget
+        if call and full:
+            yield call
+            call, tokens = [], 0
+        call.append(index)
+        tokens += length
+    if call:
+        yield call
 
 
-def _unpad(indices: list[int], embeds: Tensor, token_ids: list[list[int]], results: list[Tensor]) -> None:
-    embeds = embeds.cpu()
-    for row, index in enumerate(indices):
-        results[index] = embeds[row, : len(token_ids[index])].clone()
+def _distribute(indices: list[int], copy: HostCopy, token_ids: list[list[int]], results: list[Tensor]) -> None:
+    (embeds,) = copy.wait()
+    for index, rows in zip(indices, embeds.split([len(token_ids[index]) for index in indices])):
+        results[index] = rows
 
 
 def _end_of_kept(encoding: Any) -> int:

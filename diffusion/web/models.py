@@ -119,9 +119,11 @@ def _with_control(chosen: Chosen, args: argparse.Namespace, variant: Variant) ->
     return replace(chosen, options=options, notice=notice)
 
 
-def make_artist(args: argparse.Namespace, chosen: Chosen, settings: WebSettings) -> Artist:
+def make_artist(args: argparse.Namespace, chosen: Chosen, settings: WebSettings, *, few_steps: bool = False) -> Artist:
     """Load the pipeline where it is to draw.
 
+    Args:
+        few_steps: the page is for an LCM, see `choose_dtype`.
     Raises:
         PixArtError: a part is missing or does not fit, an unknown device or memory plan.
     """
@@ -132,9 +134,8 @@ def make_artist(args: argparse.Namespace, chosen: Chosen, settings: WebSettings)
     options = dict(chosen.options)
     if settings.consistency_decoder and not options.get("vae"):
         options["vae"] = "openai/consistency-decoder"
-    pipeline = load_pipeline(
-        chosen.model, args.pipeline_load_from, torch_dtype=choose_dtype(args.dtype, device), **options
-    )
+    dtype = choose_dtype(args.dtype, device, few_steps=few_steps)
+    pipeline = load_pipeline(chosen.model, args.pipeline_load_from, torch_dtype=dtype, **options)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         preview = LatentPreview(pipeline.vae)  # before the parts move to a device

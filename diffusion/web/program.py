@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, chosen: Chosen, variant: Variant, settings: We
         from diffusion.web.server import build_app, serve
     except ImportError as error:
         raise ConfigError(f"the page needs {error.name}; install it with: pip install -e '.[app]'") from error
-    engine = Engine(lambda: make_artist(args, chosen, settings), settings)
+    engine = Engine(lambda: make_artist(args, chosen, settings, few_steps=variant.solver == "lcm"), settings)
     examples = examples_of(engine.artist, settings.output, draw=settings.cache_examples)
     app = build_app(build_page(engine, variant, chosen.notice, examples), engine)
     engine.start()

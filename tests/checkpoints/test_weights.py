@@ -107,7 +107,7 @@ class Bomb:
         return self.call
 
 
-def test_pickled_code_never_runs(tmp_path: Path) -> None:
+def test_pickled_code_never_runs(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     marker = tmp_path / "ran"
     shell, touch = Bomb(os.system, f"touch {marker}"), Bomb(Path.touch, marker)
     torch.save({"state_dict": shell}, tmp_path / "zip.pth")
@@ -123,6 +123,7 @@ def test_pickled_code_never_runs(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{name} is refused: .*its pickle {why}"):
             open_checkpoint(tmp_path / name)
     assert not marker.exists()
+    assert [str(warning.message) for warning in recwarn] == [], "the error is all that a user sees"
 
 
 def test_damaged_folder(tmp_path: Path) -> None:

@@ -225,6 +225,10 @@ def test_the_bundled_model_is_measured_from_end_to_end(gallery: Gallery, tmp_pat
         pipeline, [caption_of(gallery.samples[gallery.split("train")[0]], "label")], DrawingSettings(6, batch_size=1)
     )
     assert np.abs(np.asarray(again[0], int) - np.asarray(outcomes[0].pictures[0], int)).max() <= 2
+    other = DrawingSettings(2, batch_size=1, solver="sa-solver")
+    (outcome,) = evaluate_captions(pipeline, gallery, ["train"], ["label"], [other], limit=1)
+    assert outcome.figures["name"] == "train, label, sa-solver, 2 steps, guidance 4.5"
+    assert type(pipeline.scheduler).__name__ == "SASolverScheduler"
 
 
 def test_tables_leave_out_what_a_row_lacks() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffusion.errors import ConfigError, DataError
 from diffusion.features import ExtractionSettings, FeatureStore, extract_folder
+from diffusion.features.extract import Encoders
 from diffusion.images import decode_image, encode_moments, load_vae, resize_and_crop, to_tensor
 from diffusion.text import CaptionEncoder
 from tests.tiny import write_tiny_pipeline_parts
@@ -69,6 +70,13 @@ def test_features_are_those_of_the_encoders(tmp_path: Path, pipeline: Path) -> N
             torch.testing.assert_close(embeds, encoder.encode([caption])[0][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(store.null_caption, encoder.encode([""])[0][0])
     assert store.attribute("split") == ["test"] + ["train"] * 6
+
+
+def test_the_vae_is_compiled_on_request_alone(pipeline: Path) -> None:
+    for chosen in (False, True):
+        settings = ExtractionSettings(image_size=64, compile_vae=chosen)
+        vae = Encoders.find(pipeline).load_vae(torch.device("cpu"), settings)
+        assert (vae.encoder._compiled_call_impl is not None) == chosen  # compiled at its first call
 
 
 def test_buckets_keep_the_aspect_ratio(tmp_path: Path, pipeline: Path) -> None:

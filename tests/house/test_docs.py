@@ -19,6 +19,8 @@ from diffusion.config import TrainConfig
 from diffusion.config.arguments import ArgumentParser
 from diffusion.config.legacy import NEVER_READ
 from diffusion.config.problems import all_keys
+from diffusion.inference.memory import MEMORY_CHOICES
+from diffusion.inference.solvers import DEFAULT_STEPS
 from tests.doors import Door
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +156,32 @@ def rows(section: str) -> list[tuple[str, str]]:
 
 def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
+
+
+def tests_of(path: Path) -> dict[str, str]:
+    """Names of a file's tests, and their decorators as text."""
+    functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: " ".join(map(ast.unparse, node.decorator_list)) for node in functions}
+
+
+def test_every_row_of_the_inference_table_is_backed() -> None:
+    """File kind x program x solver x plan: by tests that run without a card, or by results that are committed."""
+    section = TEXTS[DOCS / "inference.md"].split("## What backs this")[1].split("\n## ")[0]
+    table = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", section, flags=re.M)[1:]
+    assert len(table) > 15
+    for *what, backing in table:
+        results = [name for name in names(backing) if name.endswith(".json")]
+        tests = [name.split("::") for name in names(backing) if "::" in name]
+        assert results or tests, what
+        assert all((ROOT / name).is_file() for name in results), (what, results)
+        for file, name in tests:
+            path = ROOT / (file if "/" in file else f"tests/inference/{file}")
+            decorators = tests_of(path)[name]
+            assert results or "is_available" not in decorators, f"{name} needs a card"
+    programs, solvers, plans = (set(names(" ".join(column))) for column in list(zip(*table))[1:4])
+    assert {path.name for path in (ROOT / "scripts").glob("infer*.py")} <= programs
+    assert set(DEFAULT_STEPS) <= solvers
+    assert set(MEMORY_CHOICES) <= plans
 
 
 def test_migration_names_files_flags_and_keys_that_exist(flags_of) -> None:  # type: ignore[no-untyped-def]

@@ -42,7 +42,7 @@ def draw_stock(stock: PixArtAlphaPipeline, seed: int, **arguments: Any) -> Image
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "steps"), [("dpm-solver", 14), ("dpm-solver", 20), ("sa-solver", 25), ("ddim", 20)]
+    ("algorithm", "steps"), [("dpm-solver", 14), ("dpm-solver", 20), ("sa-solver", 25), ("ddim", 20), ("deis", 20)]
 )
 def test_same_picture_as_stock_diffusers(
     pipeline: PixArtPipeline, stock: PixArtAlphaPipeline, algorithm: str, steps: int

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,24 @@ def test_more_steps_come_closer(algorithm: str) -> None:
         return abs(sample.std().item() - STD)
 
     assert error(100) < 0.6 * error(12)
+
+
+def test_an_lcm_magnifies_rounding_so_that_it_wants_float16() -> None:
+    """Why `choose_dtype(..., few_steps=True)` is float16: the first step divides by sqrt(alpha_bar_999) = 0.0064."""
+
+    def error(dtype: torch.dtype, algorithm: str, steps: int) -> float:
+        def rounded(x: Tensor, timestep: Tensor) -> Tensor:
+            return exact_noise(x, timestep).to(dtype).float()
+
+        def draw(predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            generators = [torch.Generator().manual_seed(5)]
+            return denoise(predict, make_scheduler(algorithm), gaussian_noise(), steps, generators=generators)
+
+        exact = draw(exact_noise)
+        return ((draw(rounded) - exact).norm() / exact.norm()).item()
+
+    assert error(torch.bfloat16, "lcm", 1) > 0.4 > 0.1 > error(torch.float16, "lcm", 1)
+    assert error(torch.bfloat16, "lcm", 1) > 20 * error(torch.bfloat16, "dpm-solver", 20)
 
 
 def original_dpm_solver(predict: object, x: Tensor, steps: int, *, first_order_end: bool) -> Tensor:
