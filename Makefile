@@ -63,6 +63,8 @@ bench: install  ## timings of this machine into benchmarks/results
 	$(PY) benchmarks/bench_store.py
 	$(PY) benchmarks/bench_load.py
 	$(PY) benchmarks/bench_sampling_cpu.py
+	$(PY) benchmarks/compare.py cpu-sample
+	$(PY) benchmarks/cold_start.py --row cpu-cold
 	$(PY) tools/extract_features.py data/emoji --out $(FEATURES) --limit 160
 	$(PY) benchmarks/bench_training_cpu.py
 

@@ -1,5 +1,5 @@
-"""Write the pages of docs/ that are made from code and results: models, performance, scaling, config keys,
-reference.
+"""Write the pages of docs/ that are made from code and results (models, performance, scaling, config keys, reference),
+and the table of performance in README.md.
 
     python tools/write_docs.py
     python tools/write_docs.py --check
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from performance_tables import between_marks, levers_section, readme_table
+
 from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import DataError, run_cli
 
@@ -22,6 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 NOTE = "<!-- written by tools/write_docs.py; change what it reads, not this page -->\n"
 FACTS = ("command", "cpu", "gpu", "device", "threads", "python", "versions", "benchmark")
+COMPARISON = (
+    "## Against diffusers\n",
+    "`python benchmarks/compare.py ROW` runs all arms of a row in one process and in turns, on the same random data,",
+    "after each has found its best batch and compile mode; `benchmarks/cold_start.py` starts a process a picture.",
+    "diffusers gets SDPA, bfloat16, fused AdamW, and compiled also fused qkv, a compiled T5 and a compiled NHWC",
+    "decoder. FLOPs are those of `benchmarks/flops.py` (1 multiply-add = 2, training = 3 forward passes, nothing",
+    "subtracted for what is cached); the share is of the rate of an 8192 x 8192 bfloat16 matrix product in the same",
+    "run (1024, float32 on a CPU). The table of all rows is in the [README](../README.md).\n",
+    "### Levers\n",
+    'Gains are ratios of arms that took turns in one run. "Same" differs by rounding alone.\n',
+)
 # What is used under which terms, beside the files of the table of models.
 LICENCES = (
     ("code", "this repository", "Apache-2.0", "LICENSE"),
@@ -77,7 +90,9 @@ def performance_page() -> str:
     lines = [
         f"# Performance\n\n{NOTE}",
         "What `benchmarks/` and `tools/evaluate.py` measured, with command, machine and versions; `make bench`",
-        "measures yours. Times are medians where the name says so.",
+        "measures yours. Times are medians where the name says so.\n",
+        *COMPARISON,
+        *levers_section(RESULTS),
     ]
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +196,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not current")
     args = parser.parse_args()
     stale = []
-    for name, text in pages().items():
+    readme = between_marks((ROOT / "README.md").read_text(encoding="utf-8"), readme_table(RESULTS))
+    for name, text in {"../README.md": readme, **pages()}.items():
         path = ROOT / "docs" / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffusion.adapters import adapter_names
 from diffusion.errors import PromptError
-from diffusion.images import decode_latents, in_fast_layout
+from diffusion.images import decode_latents
 from diffusion.inference.fp8 import has_fp8_products, quantize_network
 from diffusion.inference.graphs import GraphCache, Work, addresses
 from diffusion.inference.shortcuts import Shortcuts
@@ -92,7 +92,7 @@ class FastPath:
         if device.type == "cuda" and self.can_decode(vae):
             vae.decoder.compile(dynamic=False, mode=mode)
             if movable:
-                in_fast_layout(vae)
+                nn.Module.to(vae, memory_format=torch.channels_last)
             self._decoder_layout = torch.channels_last  # faster if compiled, slower if not
 
     def solve(

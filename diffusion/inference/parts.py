@@ -34,6 +34,7 @@ from diffusion.inference.memory import (
 )
 from diffusion.inference.solvers import fitting_scheduler
 from diffusion.models import HED, ControlPixArt, PixArt, pad_captions
+from diffusion.models.cpu_linear import use_onednn
 from diffusion.text import CaptionEncoder, make_float16_safe
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         autoencoder = load_vae(folder if vae is None else pipeline_folder(vae), device=device, dtype=vae_dtype)
         source = folder if transformer is None else transformer
         network, control = load_networks(source, controlnet, ema=ema, device=device, dtype=torch_dtype)
+        if isinstance(source, (str, Path)) and torch.device(device).type == "cpu":  # a given network stays as it is
+            use_onednn(network if control is None else control)
         scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
         weights = str(source) if isinstance(source, (str, Path)) else "the transformer"
         _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", weights)
@@ -148,6 +151,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         if self._residency is not None:
             raise PromptError("a pipeline with a memory plan moves its parts by itself; load it again to move it")
         moved: Self = super().to(*args, **kwargs)
+        moved._leave_cpu(moved.execution_device)
         if moved.text_encoder is not None:
             make_float16_safe(moved.text_encoder)
         return moved
@@ -173,6 +177,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         if self._residency is not None:
             raise PromptError(f"the pipeline has memory plan {self._residency.plan.name} already; load it again")
         place = torch.device(device)
+        self._leave_cpu(place)
         plan = choose_plan(name, lambda plan: max(self.expected_peak(plan, place, work).values()), place)
         tile_vae(self.vae, plan)
         parts = {
@@ -269,6 +274,11 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         count = 1 if isinstance(prompt, str) else len(prompt)
         positive = encode(prompt, count)
         return (*positive, *encode(negative_prompt, count)) if do_classifier_free_guidance else (*positive, None, None)
+
+    def _leave_cpu(self, device: torch.device) -> None:
+        """On any other device the network is made of plain layers, which is what faster kernels there look for."""
+        if device.type != "cpu" and self.transformer is not None:
+            use_onednn(self.transformer if self.controlnet is None else self.controlnet, enabled=False)
 
     def _bring(self, name: str) -> None:
         if self._residency is not None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from diffusion.models.attention import SelfAttention
@@ -18,6 +17,7 @@ from diffusion.models.embeddings import ApproxGelu, PatchEmbedder, ScalarEmbedde
 from diffusion.models.initialization import initialize_linear, zero_
 from diffusion.models.kernels import Kernels, gated_residual, gelu_mlp, modulated_norm
 from diffusion.models.latent_transformer import LatentTransformer
+from diffusion.models.mlp import Mlp
 
 
 @dataclass(frozen=True)

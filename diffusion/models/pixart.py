@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
@@ -25,6 +24,7 @@ from diffusion.models.embeddings import (
 from diffusion.models.initialization import initialize_weights
 from diffusion.models.kernels import Kernels, TextLengths, gated_residual, gelu_mlp, modulated_norm, pack, residual_norm
 from diffusion.models.latent_transformer import LatentTransformer
+from diffusion.models.mlp import DropPath, Mlp
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 

@@ -85,6 +85,18 @@ def test_no_grab_bags() -> None:
     assert not [path for path in SOURCES if path.stem in ("utils", "misc", "common", "helpers")]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_timm_is_imported_where_it_is_used(path: Path) -> None:
+    """It brings over 200 modules, and all but the frozen picture encoders do without."""
+    top = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = [alias.name for node in top for alias in node.names] + [getattr(node, "module", "") or "" for node in top]
+    assert not [name for name in names if name.split(".")[0] == "timm"]
+
+
 def test_import_is_light() -> None:
     code = "import sys, diffusion, diffusion.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -73,7 +73,7 @@ def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Ten
 
 
 def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False) -> Tensor:
-    """Two linear layers with a GELU (tanh) between them: timm's `Mlp`, (B, N, D) -> (B, N, D).
+    """Two linear layers with a GELU (tanh) between them: `Mlp`, (B, N, D) -> (B, N, D).
 
     Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
     keeps nothing of the GELU in between.
