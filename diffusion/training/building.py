@@ -144,5 +144,7 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         learn_variance=config.learn_sigma,
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
         noise_offset=process.noise_offset,
+        prediction_type=process.prediction_type,
+        flow_shift=process.flow_shift,
         **options,
     )
