@@ -1,18 +1,20 @@
 """Speed and memory of fine-tuning PixArt XL/2: steps/s and the card's peak, at 512 and 1024 px.
 
     python benchmarks/bench_finetuning.py                          # one GPU
+    python benchmarks/bench_finetuning.py --no_checkpointing --output benchmarks/results/finetuning_kept.json
     python benchmarks/bench_finetuning.py --rows full lora --sizes 512 --batch_size 4
     python benchmarks/bench_finetuning.py --tiny --device cpu      # to see that it runs
 
-Weights are random, features are made up, and T5 and the VAE are absent, as in training. A row is a function that gives
-config keys; ROWS is the list of them.
+Weights are random, features are made up, and T5 and the VAE are absent, as in training. A row is a family: DreamBooth
+and train_diffusers.py train as "full" or "lora" do. Bar: a step of "lora" takes at most 0.75 of one of "full".
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,18 @@ from report import write_report
 
 from diffusion.errors import run_cli
 
-Keys = dict[str, Any]
 _ADAPTER = {"rank": 16, "alpha": 16.0}
-ROWS: dict[str, Callable[[], Keys]] = {
-    "full": lambda: {},
-    "lora": lambda: {"lora": _ADAPTER},
-    "dora": lambda: {"lora": {**_ADAPTER, "use_dora": True}},
-    "lora int8 base": lambda: {"lora": {**_ADAPTER, "base_dtype": "int8"}},
+ROWS: dict[str, dict[str, Any]] = {  # config keys of each
+    "full": {},
+    "lora": {"lora": _ADAPTER},
+    "dora": {"lora": {**_ADAPTER, "use_dora": True}},
+    "lora int8 base": {"lora": {**_ADAPTER, "base_dtype": "int8"}},
+    "lcm": {},
+    "lcm lora": {"lora_rank": 16},
+    "controlnet": {},
+    "dmd": {},
 }
+LORA_SHARE = 0.75
 
 
 def main() -> None:
@@ -35,7 +41,7 @@ def main() -> None:
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="what is measured (default: all)")
     add("--sizes", nargs="+", type=int, default=[512, 1024], help="px (default: 512 1024)")
-    add("--batch_size", type=int, default=1, help="(default: %(default)s)")
+    add("--batch_size", type=int, help="(default: 4 at 512 px, 1 at 1024 px: as many tokens)")
     add("--tokens", type=int, default=120, help="tokens a caption (default: %(default)s)")
     add("--steps", type=int, default=20, help="measured, after 5 that are not (default: %(default)s)")
     add("--no_checkpointing", action="store_true", help="keep activations: faster, more memory")
@@ -44,32 +50,36 @@ def main() -> None:
     add("--output", type=Path, default=Path("benchmarks/results/finetuning.json"))
     args = parser.parse_args()
     if args.tiny:
-        args.sizes, args.steps, args.tokens = [64], 2, 8
+        args.sizes, args.steps, args.tokens, args.batch_size = [64], 2, 8, 1
     rows = [measure(args, name, size) for size in args.sizes for name in args.rows]
-    write_report(args.output, {"benchmark": "fine-tuning, PixArt XL/2, bf16, AdamW", "rows": rows})
+    speeds = {(row["row"], row["size_px"]): row["steps_per_s"] for row in rows}
+    bars = {
+        f"{size} px: a step of lora takes at most {LORA_SHARE} of a full one": speeds["full", size]
+        <= LORA_SHARE * speeds["lora", size]
+        for size in args.sizes
+        if {("full", size), ("lora", size)} <= speeds.keys()
+    }
+    kept = "all kept" if args.no_checkpointing else "recomputed, block by block"
+    write_report(
+        args.output,
+        {"benchmark": "fine-tuning, PixArt XL/2, bf16, AdamW", "activations": kept, "rows": rows, "bars": bars},
+    )
 
 
 def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     """One row at one size."""
     import torch
 
-    from diffusion.models import build_model
-    from diffusion.training.building import denoising_objective, model_options
-    from diffusion.training.lora import adapt
     from diffusion.training.optimization import build_optimizer
 
-    config = config_of(args, ROWS[name](), size)
+    config = config_of(args, ROWS[name], size)
     device = torch.device(args.device)
     torch.manual_seed(0)
-    with device:
-        network = build_model(config.model, **model_options(config))
-    network.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
-    if config.lora is not None:
-        adapt(network, config)
-    network.to(device).train()
-    optimizer = build_optimizer(network, config, args.batch_size)
-    objective = denoising_objective(config, None)
+    network, objective = build(name, config, device)
+    network.train()
+    optimizer = build_optimizer(network, config, batch_of(args, size))
     batch = made_up_batch(args, config, size).to(device)
+    count = len(batch.keys)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -88,22 +98,61 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
         step()
     finish(device)
     seconds = (time.perf_counter() - started) / args.steps
-    row: dict[str, Any] = {"row": name, "size_px": size, "batch": args.batch_size, "steps_per_s": round(1 / seconds, 3)}
+    row: dict[str, Any] = {"row": name, "size_px": size, "batch": count, "steps_per_s": round(1 / seconds, 3)}
     row["trained_parameters_m"] = round(sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6, 2)
     if device.type == "cuda":
         row["device"] = torch.cuda.get_device_name()
         row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        del network, optimizer, batch
+        del network, objective, optimizer, batch
         torch.cuda.empty_cache()
     print(row, flush=True)
     return row
 
 
-def config_of(args: argparse.Namespace, keys: Keys, size: int) -> Any:
+def build(name: str, config: Any, device: Any) -> tuple[Any, Any]:
+    """Network and objective of a family, on the device, around random weights; teachers are copies of them."""
+    from diffusion.adapters import adapters_off, start_lora
+    from diffusion.models import ControlPixArt, build_model
+    from diffusion.objectives import ControlObjective, DistributionMatching, OneStepNetworks, Roles
+    from diffusion.training.building import denoising_objective, model_options
+    from diffusion.training.distillation import consistency_objective
+    from diffusion.training.lora import adapt
+
+    with device:
+        network = build_model(config.model, **model_options(config))
+    network.enable_gradient_checkpointing(1 if config.grad_checkpointing else 0)
+    base = denoising_objective(config, None)
+
+    def frozen() -> Any:
+        return copy.deepcopy(network).requires_grad_(False).eval()
+
+    if name == "controlnet":
+        return ControlPixArt(network, config.copy_blocks_num).to(device), ControlObjective(**vars(base))
+    if name == "dmd":
+        teacher = frozen()
+        objective: Any = DistributionMatching(**vars(base), teacher=teacher)
+        return OneStepNetworks(network, copy.deepcopy(network)), objective
+    if name == "lcm":
+        objective = consistency_objective(config, None)
+        objective.roles = Roles(frozen(), frozen())
+        return network, objective
+    if name == "lcm lora":
+        start_lora(network.requires_grad_(False), config.lora_rank, alpha=config.lora_rank)
+        objective = consistency_objective(config, None)
+        objective.roles = Roles(network, network, partial(adapters_off, network))
+        return network.to(device), objective
+    if config.lora is not None:
+        adapt(network, config)
+    return network.to(device), base
+
+
+def config_of(args: argparse.Namespace, keys: dict[str, Any], size: int) -> Any:
     """A training config of XL/2, which no file holds."""
     from diffusion.config import TrainConfig
 
-    shape = {"hidden_size": 48, "num_heads": 4, "depth": 2, "caption_channels": 32} if args.tiny else {}
+    shape: dict[str, Any] = {}
+    if args.tiny:
+        shape = {"hidden_size": 48, "num_heads": 4, "depth": 2, "caption_channels": 32, "copy_blocks_num": 1}
     return TrainConfig.model_validate(
         {
             "data": {"type": "Store", "root": "none"},
@@ -120,13 +169,18 @@ def config_of(args: argparse.Namespace, keys: Keys, size: int) -> Any:
     )
 
 
+def batch_of(args: argparse.Namespace, size: int) -> int:
+    """Pictures a step."""
+    return int(args.batch_size or max(1, 4 * 512**2 // size**2))
+
+
 def made_up_batch(args: argparse.Namespace, config: Any, size: int) -> Any:
     """Features of the right shapes."""
     import torch
 
     from diffusion.data.batch import TrainBatch
 
-    count, side = args.batch_size, size // 8
+    count, side = batch_of(args, size), size // 8
     return TrainBatch(
         latents_mean=torch.randn(count, 4, side, side),
         latents_std=torch.full((count, 4, side, side), 0.1),
@@ -136,6 +190,8 @@ def made_up_batch(args: argparse.Namespace, config: Any, size: int) -> Any:
         aspect_ratio=torch.ones(count),
         sample_numbers=torch.arange(count),
         keys=[str(index) for index in range(count)],
+        control_mean=torch.randn(count, 4, side, side),
+        control_std=torch.full((count, 4, side, side), 0.1),
     )
 
 

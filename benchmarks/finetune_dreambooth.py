@@ -3,8 +3,9 @@
     python benchmarks/finetune_dreambooth.py            # meant for one GPU
     python benchmarks/finetune_dreambooth.py --tiny     # a few steps, to see that it runs
 
-A subject is a bundled picture in other colours (hue turned by half the circle, left and right exchanged), as five
-pictures that differ in place and size. Judged by the nearest of all real pictures and those of the subjects:
+A subject is the picture of one of the concepts that data/emoji reserves: no training, of no part of the model, saw it
+or its words. It is taught as "sks CLASS", by five versions that differ in place and size. Judged by the nearest of all
+real pictures and those of the subjects:
 
 - subject: of 10 seeds drawn for the prompt with the token, how many are nearest to the subject; at least 8 are wanted.
 - drift: R@1 of other concepts of the class's group before, less R@1 after; at most 5 points are wanted with prior
@@ -25,7 +26,11 @@ from report import write_report
 from diffusion.errors import run_cli
 
 BASE, CONFIG = "output/pretrained_models/emoji-256", "configs/emoji/dreambooth.py"
-SUBJECTS = ("dog face", "crown", "rocket")
+SUBJECTS = {
+    "poodle": "dog",
+    "teddy bear": "bear",
+    "cupcake": "doughnut",
+}  # reserved: a known class
 TOKEN = "sks"
 PLACES = ((0, 0, 1.0), (10, -6, 0.92), (-8, 8, 0.96), (6, 10, 0.88), (-10, -8, 0.94))  # right, down (px), size
 
@@ -45,9 +50,9 @@ def main() -> None:
     add("--output", type=Path, default=Path("benchmarks/results/finetune_dreambooth.json"))
     add("--grid", type=Path, default=Path("docs/images/finetune_dreambooth.png"))
     args = parser.parse_args()
-    args.subjects = SUBJECTS
+    args.subjects = list(SUBJECTS)
     if args.tiny:
-        args.subjects, args.steps, args.seeds, args.inference_steps = SUBJECTS[:1], 1, 2, 2
+        args.subjects, args.steps, args.seeds, args.inference_steps = list(SUBJECTS)[:1], 1, 2, 2
         args.class_images, args.drift_concepts, args.batch_size = 2, 2, 2
     with tempfile.TemporaryDirectory() as folder:
         write_report(args.output, measure(args, Path(folder)))
@@ -68,7 +73,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         (place / "pictures").mkdir(parents=True)
         for number, picture in enumerate(pictures):
             picture.save(place / "pictures" / f"{number}.png")
-        others = group_rows(real, name, args.drift_concepts)
+        others = group_rows(real, SUBJECTS[name], args.drift_concepts)
         before = judge(args, gallery, name, others, None, device)
         for prior in (True, False):
             run = place / ("with-prior" if prior else "without-prior")
@@ -79,6 +84,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rows.append(
                 {
                     "subject": name,
+                    "class": SUBJECTS[name],
                     "prior_preservation": prior,
                     "training_s": round(seconds, 1),
                     "subject_drawn": after["hits"],
@@ -89,7 +95,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     "drift": round(before["r1"] - after["r1"], 4),
                 }
             )
-            label = f"{TOKEN} {name}, {'with' if prior else 'without'} prior: subject, before, after, class after"
+            label = f"{prompt_of(name)} ({name}), {'with' if prior else 'without'} prior: subject, before, after, class"
             sheets.append((label, [pictures[0], before["subject"], after["subject"], after["class"]]))
     save_grid(args.grid, sheets)
     kept = [row for row in rows if row["prior_preservation"]]
@@ -107,26 +113,28 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def subject_pictures(gallery: Any, name: str) -> list[Any]:
-    """The subject made from the real picture of a concept."""
-    from PIL import Image, ImageOps
+def prompt_of(name: str) -> str:
+    """The prompt that shall draw the subject; it does not say what it is."""
+    return f"{TOKEN} {SUBJECTS[name]}"
 
-    row = gallery.concepts.index(name)
-    image = ImageOps.mirror(gallery.samples[row].decode())
-    hue, saturation, value = image.convert("HSV").split()
-    turned = Image.merge("HSV", (hue.point(lambda level: (level + 128) % 256), saturation, value)).convert("RGB")
+
+def subject_pictures(gallery: Any, name: str) -> list[Any]:
+    """Versions of the real picture of a concept."""
+    from PIL import Image
+
+    image = gallery.samples[gallery.concepts.index(name)].decode().convert("RGB")
     pictures = []
     for right, down, size in PLACES:
-        side = round(turned.width * size)
-        sheet = Image.new("RGB", turned.size, "white")
-        margin = (turned.width - side) // 2
-        sheet.paste(turned.resize((side, side), Image.Resampling.LANCZOS), (margin + right, margin + down))
+        side = round(image.width * size)
+        sheet = Image.new("RGB", image.size, "white")
+        margin = (image.width - side) // 2
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (margin + right, margin + down))
         pictures.append(sheet)
     return pictures
 
 
 def with_subjects(real: Any, subjects: dict[str, list[Any]]) -> Any:
-    """The gallery of real pictures with those of the subjects behind them, whose concept is 'sks NAME'."""
+    """The gallery of real pictures with the versions of the subjects behind them, each of its subject's concept."""
     import torch
 
     from diffusion.evaluation.picture_features import colour_features, edge_features, fine_detail_energy
@@ -137,14 +145,7 @@ def with_subjects(real: Any, subjects: dict[str, list[Any]]) -> Any:
         pixels = to_pixels(pictures)
         features = colour_features(pixels) / real.scales[0], edge_features(pixels) / real.scales[1]
         parts.append((*features, fine_detail_energy(pixels)))
-        like = samples[real.concepts.index(name)]
-        attributes = {
-            **like.attributes,
-            "concept": f"{TOKEN} {name}",
-            "duplicate_group": f"{TOKEN} {name}",
-            "split": "",
-        }
-        samples += [replace(like, attributes=attributes) for _ in pictures]
+        samples += [samples[real.concepts.index(name)]] * len(pictures)
     blocks = [torch.cat(block) for block in zip((real.colour, real.edges, real.detail), *parts)]
     return replace(real, samples=samples, colour=blocks[0], edges=blocks[1], detail=blocks[2])
 
@@ -169,10 +170,10 @@ def train(args: argparse.Namespace, name: str, pictures: Path, out: Path, prior:
     from diffusion.config.dreambooth_cli import dreambooth_parser
     from diffusion.training.dreambooth import train_dreambooth
 
-    flags = ["--train_class", pictures, "--prompt", f"{TOKEN} {name}", "--token", TOKEN]
+    flags = ["--train_class", pictures, "--prompt", prompt_of(name), "--token", TOKEN]
     flags += ["--lr", args.learning_rate, "--save_step", 100000, "--report_to", "none"]
     if prior:
-        flags += ["--class_prompt", name, "--num_class_images", args.class_images]
+        flags += ["--class_prompt", SUBJECTS[name], "--num_class_images", args.class_images]
     precision = "bf16" if torch.cuda.is_available() else "no"
     options = [f"max_steps={args.steps}", f"train_batch_size={args.batch_size}", f"mixed_precision={precision!r}"]
     options += ["validation.every_steps=100000", "validation.at_start=False", "validation.prompts=[]"]
@@ -198,8 +199,8 @@ def judge(
     def nearest(pictures: list[Any]) -> list[list[int]]:
         return nearest_pictures(gallery.distances(to_pixels(pictures))[0], gallery.groups, 1)
 
-    subject = draw(pipe, [f"{TOKEN} {name}"] * args.seeds, settings)
-    hits = sum(gallery.concepts[found[0]] == f"{TOKEN} {name}" for found in nearest(subject))
+    subject = draw(pipe, [prompt_of(name)] * args.seeds, settings)
+    hits = sum(gallery.concepts[found[0]] == name for found in nearest(subject))
     drawn = draw(pipe, [gallery.samples[row].captions[0] for row in others], settings)
     r1 = recall(nearest(drawn), gallery.concepts, [gallery.concepts[row] for row in others], 1)
     return {"hits": hits, "r1": round(r1, 4), "subject": subject[0], "class": drawn[0]}

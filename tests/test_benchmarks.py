@@ -153,13 +153,14 @@ def test_finetune_controlnet(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of the bundled pictures: every 150th, and the first subject of the DreamBooth benchmark."""
+    """A part of the bundled pictures: every 150th, and the first subject of the DreamBooth benchmark with its class."""
     folder = tmp_path_factory.mktemp("few")
     rows = [json.loads(line) for line in (ROOT / "data/emoji/metadata.jsonl").read_text().splitlines()]
-    subject = next(row for row in rows if row["concept"] == "dog face")
-    chosen = [*rows[::150], subject, *(row for row in rows[40:] if row["group"] == subject["group"])][:32]
+    subject = [next(row for row in rows if row["concept"] == concept) for concept in ("poodle", "dog")]
+    others = [row for row in rows[::150] if row["split"] == "train"]
+    chosen = [*others, *(row for row in rows[40:] if row["group"] == subject[0]["group"])][:30]
     (folder / "images").mkdir()
-    unique = {row["file_name"]: row for row in [*chosen[:30], subject, chosen[-1]]}
+    unique = {row["file_name"]: row for row in [*chosen, *subject]}
     for name in unique:
         shutil.copy(ROOT / "data/emoji" / name, folder / name)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
@@ -190,14 +191,16 @@ def test_lora_proof(few_pictures: Path, tmp_path: Path) -> None:
 def test_dreambooth_proof(few_pictures: Path, tmp_path: Path) -> None:
     result = run_proof("finetune_dreambooth", few_pictures, tmp_path)
     assert [row["prior_preservation"] for row in result["rows"]] == [True, False]
+    assert {(row["subject"], row["class"]) for row in result["rows"]} == {("poodle", "dog")}
 
 
 @pytest.mark.slow
 def test_finetuning(tmp_path: Path) -> None:
     run("benchmarks/bench_finetuning.py", "--tiny", "--output", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == ["full", "lora", "dora", "lora int8 base"]
-    assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"]
+    names = ["full", "lora", "dora", "lora int8 base", "lcm", "lcm lora", "controlnet", "dmd"]
+    assert [row["row"] for row in rows] == names
+    assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"] < rows[-1]["trained_parameters_m"]
 
 
 @pytest.mark.slow

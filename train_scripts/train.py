@@ -28,9 +28,9 @@ class _Replay(argparse.Action):
     """--replay: run one recorded step and leave, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        from diffusion.training import denoising_objective, replay_step
+        from diffusion.training import replay_step
 
-        replay_step(values, denoising_objective)
+        replay_step(values)
         parser.exit()
 
 

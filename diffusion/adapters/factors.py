@@ -56,11 +56,13 @@ class Adapter:
 
     Args:
         base_model: what the file says that it was trained on; "" = nothing.
+        prediction_type: what the file says that its base predicts, as `PixArtConfig`; "" = nothing.
     """
 
     source: str
     layers: Mapping[str, Factors]
     base_model: str = ""
+    prediction_type: str = ""
 
     @property
     def is_dora(self) -> bool:
@@ -96,7 +98,8 @@ def require_base(adapter: Adapter, network: PixArt) -> None:
     """Refuse an adapter of another network before anything is changed.
 
     Raises:
-        CheckpointError: layers that the network lacks, or of other sizes; the first of them with both sizes.
+        CheckpointError: layers that the network lacks, or of other sizes, the first of them with both sizes; or a
+            network that predicts something else.
     """
     shapes = layer_weights(network)
     unknown = [name for name in adapter.layers if name not in shapes]
@@ -105,15 +108,18 @@ def require_base(adapter: Adapter, network: PixArt) -> None:
         given = (factors.up.shape[0], *factors.down.shape[1:])
         if name in shapes and given != shapes[name]:
             sizes.append(f"{name} (adapter {given}, model {shapes[name]})")
-    if not unknown and not sizes:
-        return
     config = network.config
+    kind = adapter.prediction_type or config.prediction_type  # files of others do not say
+    if not unknown and not sizes and kind == config.prediction_type:
+        return
     base = f"; it says it was trained on {adapter.base_model}" if adapter.base_model else ""
     problems = [
         f"{title}: {_some(names)}"
         for title, names in (("layers the model lacks", unknown), ("layers of another size", sizes))
         if names
     ]
+    if kind != config.prediction_type:
+        problems.append(f"its base predicts {kind}, this one {config.prediction_type}")
     raise CheckpointError(
         f"{adapter.source} was made for another model than this one of width {config.hidden_size} and depth "
         f"{config.depth}{base}; {'; '.join(problems)}"

@@ -5,7 +5,8 @@
 - comfyui: one file with kohya's names for the factors (`lora_down`, `lora_up`, `alpha`, `dora_scale`) under
   `transformer.LAYER`, which ComfyUI maps to its PixArt.
 
-Layers have diffusers' names in all of them. Every file says alpha, so the rank never decides the strength.
+Layers have diffusers' names in all of them. Every file says alpha, so the rank never decides the strength, and in its
+header what the base predicts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from diffusion.adapters.factors import Adapter, Factors
 from diffusion.checkpoints import module_names, save_tensors
 from diffusion.checkpoints.hub import hub_folder, parse_hub_id
+from diffusion.checkpoints.weights import PREDICTION_IN_METADATA, SPEC_PREDICTIONS
 from diffusion.errors import CheckpointError, ConfigError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +66,9 @@ def read_adapter(source: str | Path, weight_name: str | None = None) -> Adapter:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); copy or download it again") from error
     facts = _facts(path, metadata)
     layers = _layers(tensors, facts, str(source))
-    return Adapter(str(source), layers, str(facts.get("base_model_name_or_path") or ""))
+    said = metadata.get(PREDICTION_IN_METADATA, "")
+    kind = next((name for name, spec in SPEC_PREDICTIONS.items() if said in (name, spec)), "")
+    return Adapter(str(source), layers, str(facts.get("base_model_name_or_path") or ""), kind)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -82,18 +86,21 @@ def write_layout(adapter: Adapter, folder: str | Path, layout: str, *, dtype: to
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = {name: _on_cpu(factors, dtype) for name, factors in adapter.layers.items()}
+    kind = {PREDICTION_IN_METADATA: SPEC_PREDICTIONS[adapter.prediction_type]} if adapter.prediction_type else {}
     if layout == "peft":
         path = folder / PEFT_WEIGHTS
-        save_tensors(_peft_tensors(layers), path)
+        save_tensors(_peft_tensors(layers), path, kind)
         (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(layers, adapter.base_model), indent=2) + "\n")
     elif layout == "diffusers":
         path = folder / DIFFUSERS_WEIGHTS
         config = {f"transformer.{key}": value for key, value in _peft_config(layers, adapter.base_model).items()}
-        save_tensors(_diffusers_tensors(layers), path, {_DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)})
+        save_tensors(
+            _diffusers_tensors(layers), path, {_DIFFUSERS_METADATA: json.dumps(config, sort_keys=True), **kind}
+        )
     elif layout == "comfyui":
         path = folder / COMFYUI_WEIGHTS
         first = next(iter(layers.values()))
-        metadata = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
+        metadata = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha), **kind}
         metadata |= {"ss_sd_model_name": adapter.base_model, "modelspec.architecture": "pixart/lora"}
         save_tensors(_kohya_tensors(layers), path, metadata)
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.adapters.factors import Adapter, Factors, require_base
+from diffusion.adapters.lean import make_lean
 from diffusion.adapters.splitting import join_projections, split_projections
 from diffusion.checkpoints import module_names
 from diffusion.errors import CheckpointError, ConfigError
@@ -54,6 +55,7 @@ def start_lora(
         use_rslora=use_rslora,
     )
     inject_adapter_in_model(config, network, adapter_name=DEFAULT)
+    make_lean(network)
     for parameter in adapter_parameters(network).values():
         parameter.data = parameter.data.float()
 
@@ -84,6 +86,7 @@ def add_adapter(network: PixArt, adapter: Adapter, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, network, adapter_name=name)
+    make_lean(network)
     write_factors(network, adapter, name)
     network.requires_grad_(False)
 
@@ -133,7 +136,7 @@ def read_adapter_from(network: PixArt, name: str = DEFAULT, *, values: Mapping[s
             given["lora_A"], given["lora_B"], float(alpha),
             None if magnitude is None else magnitude.view(-1),
         )  # fmt: skip
-    return Adapter(name, layers)
+    return Adapter(name, layers, prediction_type=network.config.prediction_type)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from diffusion.checkpoints.files import WEIGHTS_NAME
 from diffusion.checkpoints.folders import new_file
 from diffusion.checkpoints.tensors import TensorFile
 from diffusion.checkpoints.training_state import MANIFEST, verify
-from diffusion.checkpoints.weights import CONFIG_IN_METADATA, require_fit, save_tensors
+from diffusion.checkpoints.weights import CONFIG_IN_METADATA, require_fit, require_marked, save_tensors
 from diffusion.errors import CheckpointError
 from diffusion.models import ControlPixArt, PixArt, PixArtConfig
 
@@ -102,11 +102,12 @@ def write_control_file(model: ControlPixArt, path: str | Path) -> Path:
     """Base and branch in one file with the names of the published ones: `.pth` (`state_dict` inside) or safetensors.
 
     Raises:
-        CheckpointError: another suffix, or the file exists. StorageError: the disk is full.
+        CheckpointError: another suffix, the file exists, or see `require_marked`. StorageError: the disk is full.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{path} must end with .pth or .safetensors")
+    require_marked(path, model.config)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with new_file(path) as aside:
         if path.suffix == ".pth":

@@ -15,10 +15,17 @@ from torch import Tensor
 
 from diffusion.checkpoints.files import PIPELINE_PARTS, locate_pipeline
 from diffusion.checkpoints.folders import new_file, new_folder
-from diffusion.checkpoints.keys import config_to_diffusers
+from diffusion.checkpoints.keys import config_to_diffusers, predicts
 from diffusion.checkpoints.opening import Checkpoint, open_checkpoint
 from diffusion.checkpoints.recognition import Found
-from diffusion.checkpoints.weights import CONFIG_IN_METADATA, save_tensors, write_transformer
+from diffusion.checkpoints.weights import (
+    CONFIG_IN_METADATA,
+    PREDICTION_IN_METADATA,
+    SPEC_PREDICTIONS,
+    require_marked,
+    save_tensors,
+    write_transformer,
+)
 from diffusion.errors import CheckpointError
 from diffusion.models import PixArt
 
@@ -26,7 +33,6 @@ OFFICIAL_PARTS = {
     "alpha": "PixArt-alpha/PixArt-XL-2-1024-MS",
     "sigma": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
 }
-_SPEC_NAMES = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 _POSITIONS, _NULL_CAPTION = "pos_embed", "y_embedder.y_embedding"
 
 
@@ -70,7 +76,7 @@ def write_diffusers(
     pipeline = None if parts is None else _require_pipeline(locate_pipeline(parts))
     with new_folder(dump_path) as folder:
         if pipeline is not None:
-            _copy_parts(pipeline, folder, checkpoint.found.family)
+            _copy_parts(pipeline, folder, checkpoint.found)
         state_dict = _cast(checkpoint.state_dict, dtype)
         kept = [_NULL_CAPTION] if _NULL_CAPTION in state_dict else []
         table = state_dict.get(_POSITIONS)
@@ -86,12 +92,14 @@ def write_native(checkpoint: Checkpoint, path: str | Path, *, dtype: torch.dtype
     The position table is there (ComfyUI reads the image size from it); the null caption, where the source has one.
 
     Raises:
-        CheckpointError: another suffix, the file exists, or a ControlNet. StorageError: the disk is full.
+        CheckpointError: another suffix, the file exists, a ControlNet, or a `.pth` of a network that does not predict
+            noise. StorageError: the disk is full.
     """
     _require_transformer(checkpoint)
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{path} must end with .pth or .safetensors")
+    require_marked(path, checkpoint.found.config)
     given = checkpoint.state_dict
     dtype_of_table = given["x_embedder.proj.weight"].dtype
     table = given.get(_POSITIONS)
@@ -121,7 +129,7 @@ def model_spec(found: Found, title: str) -> dict[str, str]:
         "modelspec.resolution": size,
         "modelspec.date": datetime.date.today().isoformat(),
         "modelspec.description": found.describe(),
-        "modelspec.prediction_type": _SPEC_NAMES[found.config.prediction_type],
+        PREDICTION_IN_METADATA: SPEC_PREDICTIONS[found.config.prediction_type],
     }
 
 
@@ -181,13 +189,25 @@ def _require_pipeline(folder: Path) -> Path:
     return folder
 
 
-def _copy_parts(pipeline: Path, folder: Path, family: str) -> None:
-    """Everything but the transformer, byte for byte, and the index that names the pipeline's classes."""
+def _copy_parts(pipeline: Path, folder: Path, found: Found) -> None:
+    """Everything but the transformer, byte for byte, and the index that names the pipeline's classes.
+
+    The scheduler is told what the transformer predicts. Raises CheckpointError where it cannot be.
+    """
     for name in PIPELINE_PARTS:
         shutil.copytree(pipeline / name, folder / name)  # follows the links of the hub's cache
+    path, kind = folder / "scheduler" / "scheduler_config.json", found.config.prediction_type
+    scheduler = json.loads(path.read_text(encoding="utf-8"))
+    if predicts(scheduler) != kind:
+        if "flow" in (predicts(scheduler), kind):
+            raise CheckpointError(
+                f"{pipeline} has a scheduler for {predicts(scheduler)}, the transformer predicts {kind}; open both by "
+                "PixArtPipeline.from_pretrained(parts, transformer=...), which sets one up, and save_pretrained"
+            )
+        path.write_text(json.dumps({**scheduler, "prediction_type": kind}, indent=2) + "\n", encoding="utf-8")
     index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     index |= {
-        "_class_name": "PixArtSigmaPipeline" if family == "sigma" else "PixArtAlphaPipeline",
+        "_class_name": "PixArtSigmaPipeline" if found.family == "sigma" else "PixArtAlphaPipeline",
         "transformer": ["diffusers", "PixArtTransformer2DModel"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

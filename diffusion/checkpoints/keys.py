@@ -177,6 +177,21 @@ def config_to_diffusers(config: PixArtConfig) -> dict[str, Any]:
     }
 
 
+def predicts(config: Mapping[str, Any]) -> str:
+    """What the network predicts that a scheduler of this config samples: "epsilon", "v_prediction" or "flow".
+
+    The config is that of a file, which names the class.
+    """
+    kind = str(config.get("prediction_type", "epsilon"))
+    is_flow = config.get("use_flow_sigmas") or "FlowMatch" in str(config.get("_class_name", ""))
+    return "flow" if is_flow or kind == "flow_prediction" else kind
+
+
+def flow_shift_of(config: Mapping[str, Any]) -> float:
+    """Of a flow model's scheduler: solvers of the Gaussian process say flow_shift, those made for flow shift."""
+    return float(config.get("flow_shift", config.get("shift", 1.0)))
+
+
 def config_from_diffusers(config: Mapping[str, Any]) -> PixArtConfig:
     """The network that a diffusers `config.json` describes.
 

@@ -20,7 +20,14 @@ from diffusion.checkpoints.files import (
     locate,
     weight_files,
 )
-from diffusion.checkpoints.keys import NATIVE_ONLY, TRAINING_ONLY, config_from_diffusers, diffusers_to_native
+from diffusion.checkpoints.keys import (
+    NATIVE_ONLY,
+    TRAINING_ONLY,
+    config_from_diffusers,
+    diffusers_to_native,
+    flow_shift_of,
+    predicts,
+)
 from diffusion.checkpoints.recognition import (
     VAE_FACTOR,
     Found,
@@ -35,7 +42,7 @@ from diffusion.checkpoints.recognition import (
 from diffusion.checkpoints.tensors import Renamed, TensorFile, read_tensors
 from diffusion.checkpoints.weights import CONFIG_IN_METADATA, load_weights, materialize_buffers, require_fit
 from diffusion.errors import CheckpointError
-from diffusion.models import ControlPixArt, DiTConfig, PixArt, PixArtConfig
+from diffusion.models import PREDICTION_TYPES, ControlPixArt, DiTConfig, PixArt, PixArtConfig
 
 _BASE, _CONTROL = "base_model.", "controlnet."
 # Weights of a file that are left out, and why.
@@ -50,7 +57,7 @@ class Weights:
         layout: names in the file, "native" or "diffusers"; "dit" for a class-conditional DiT in the names of its files.
         control: of a ControlNet file, the names that begin with `controlnet.`.
         config: what the checkpoint states about itself; None for files that hold tensors alone. dit: the same of a DiT.
-        pipeline: model_index.json of the pipeline around it, {} for none; "scheduler" is its scheduler's class.
+        pipeline: model_index.json of the pipeline around it, {} for none; "scheduler" is its scheduler's config.
         num_keys: of the file as it stands.
     """
 
@@ -245,6 +252,9 @@ def read_weights(
         else:
             config = config_from_diffusers(described)
         pipeline = _pipeline_around(folder)
+        is_marked = "prediction_type" in described or CONFIG_IN_METADATA in getattr(tensors, "metadata", {})
+        if config is not None and not is_marked and "scheduler" in pipeline:
+            config = _with_scheduler(config, pipeline["scheduler"], folder)
         for name in (NULL_CAPTION_NAME, ALIGNMENT_HEAD_NAME):
             if (folder / name).is_file():
                 beside |= TensorFile(folder / name)
@@ -313,18 +323,29 @@ def _looks_like_sigma(config: PixArtConfig, pipeline: Mapping[str, Any]) -> bool
 def _is_lcm(weights: Weights) -> bool:
     """Keys do not tell an LCM from its teacher; the scheduler beside it or its name does."""
     name = weights.source.removesuffix("/transformer").rsplit("/", 1)[-1]
-    return "LCM" in str(weights.pipeline.get("scheduler", "")) or "lcm" in re.split(r"[-_. ]", name.lower())
+    scheduler = str(weights.pipeline.get("scheduler", {}).get("_class_name"))
+    return "LCM" in scheduler or "lcm" in re.split(r"[-_. ]", name.lower())
 
 
 def _pipeline_around(folder: Path) -> dict[str, Any]:
-    """model_index.json beside or in a transformer folder, and the class of its scheduler; {} for none."""
+    """model_index.json beside or in a transformer folder, and the config of its scheduler; {} for none."""
     root = folder.parent if folder.name.startswith("transformer") else folder
     found: dict[str, Any] = {}
     if (root / "model_index.json").is_file():
         found |= {"_class_name": _read_json(root / "model_index.json").get("_class_name")}
     if (root / "scheduler" / "scheduler_config.json").is_file():
-        found |= {"scheduler": _read_json(root / "scheduler" / "scheduler_config.json").get("_class_name")}
+        found |= {"scheduler": _read_json(root / "scheduler" / "scheduler_config.json")}
     return found
+
+
+def _with_scheduler(config: PixArtConfig, scheduler: Mapping[str, Any], folder: Path) -> PixArtConfig:
+    """The config of a folder of others, where the scheduler alone says what the transformer predicts."""
+    kind = predicts(scheduler)
+    if kind not in PREDICTION_TYPES:
+        raise CheckpointError(
+            f"{folder} predicts {kind}, as its scheduler says; only {', '.join(PREDICTION_TYPES)} are offered"
+        )
+    return replace(config, prediction_type=kind, flow_shift=flow_shift_of(scheduler) if kind == "flow" else 1.0)
 
 
 def _with_metadata(config: PixArtConfig | None, tensors: Mapping[str, Tensor]) -> PixArtConfig | None:

@@ -19,6 +19,8 @@ from diffusion.errors import CheckpointError, StorageError
 from diffusion.models import DiTConfig, LatentTransformer, PixArt, PixArtConfig
 
 CONFIG_IN_METADATA = "pixart.config"  # key of a safetensors header: fields of PixArtConfig as JSON
+PREDICTION_IN_METADATA = "modelspec.prediction_type"  # likewise (Stability-AI/ModelSpec 1.0.1), with these names
+SPEC_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 
 
 def load_weights(
@@ -66,6 +68,18 @@ def _read_by(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Te
         for key, tensor in state_dict.items()
         if key != "pos_embed" and (trains or not key.startswith(TRAINING_ONLY))
     }
+
+
+def require_marked(path: Path, config: PixArtConfig) -> None:
+    """Refuse a file that cannot say what its network predicts: readers of a `.pth` take it for noise.
+
+    Raises:
+        CheckpointError: such a file, of a network that predicts something else.
+    """
+    if path.suffix == ".pth" and config.prediction_type != "epsilon":
+        raise CheckpointError(
+            f"{path}: a .pth cannot say that its network predicts {config.prediction_type}; write .safetensors"
+        )
 
 
 def materialize_buffers(model: LatentTransformer) -> None:

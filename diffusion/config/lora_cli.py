@@ -38,6 +38,8 @@ def lora_parser(description: str | None) -> ArgumentParser:
     _add_adapter(parser)
     _add_training(parser)
     _add_results(parser)
+    # What other training programs have flags for.
+    parser.set_defaults(tracker_project_name="text2image-fine-tune", loss_report_name="loss")
     return parser
 
 
@@ -111,7 +113,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="captions replaced by the empty one, so that guidance keeps working; the original replaced none",
     )
-    add("--prediction_type", choices=("epsilon",), help="what the network predicts; PixArt predicts the noise")
+    kinds = ("epsilon", "v_prediction", "flow")
+    add("--prediction_type", choices=kinds, help="what the model predicts; absent: as it says, which this must equal")
     add("--noise_offset", type=float, default=0.0, help="size of noise that is constant over a latent channel")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="autocast precision")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="torch's own attention is as lean")
@@ -120,12 +123,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("results").add_argument
-    add("--output_dir", default="pixart-model-finetuned-lora", help="run folder; the adapter is in it at the end")
+    folder = "pixart-model-finetuned-lora"
+    add("--output_dir", dest="work_dir", default=folder, help="run folder; the adapter is in it at the end")
     add("--logging_dir", help="TensorBoard files are in <output_dir>/logs; another folder is not offered")
     add("--report_to", default="tensorboard", help="tensorboard or none, beside metrics.jsonl")
     add("--checkpointing_steps", type=int, default=500, help="optimiser steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="newest checkpoints kept, at least 2; when absent all")
-    add("--resume_from_checkpoint", help="checkpoint folder, or latest")
+    add("--resume_from_checkpoint", dest="resume_from", help="checkpoint folder, or latest")
+    text = "resume although flags or data that change the training are others; they are listed"
+    add("--allow_config_change", "--allow-config-change", action="store_true", help=text)
     add("--validation_prompt", help="drawn before, during and after training; when absent nothing is drawn")
     add("--num_validation_images", type=int, default=4, help="pictures of the validation prompt")
     add("--validation_epochs", type=int, default=1, help="epochs between drawings")

@@ -54,11 +54,10 @@ class LeverFields(Section):
 def check_levers(config: TrainConfig) -> None:
     """Refuse what does not go together."""
     process = config.process
-    if process.prediction_type != "epsilon" and config.pred_sigma:
+    if process.prediction_type == "flow" and config.pred_sigma:
         raise rule_error(
-            "pred_sigma", f"must be False with process.prediction_type={process.prediction_type!r}: a variance is "
-            "learned beside the noise alone"
-        )  # fmt: skip
+            "pred_sigma", "must be False with process.prediction_type='flow': straight paths have no variance to learn"
+        )
     if process.prediction_type == "flow" and process.min_snr_gamma is not None:
         raise rule_error("process.min_snr_gamma", "has no meaning for prediction_type='flow'; set it to None")
     if process.prediction_type != "flow" and process.flow_shift != 1:

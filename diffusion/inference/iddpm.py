@@ -32,7 +32,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Args:
         num_train_timesteps: T of the full process.
         beta_start, beta_end: ends of a "linear" beta_schedule; "squaredcos_cap_v2" has none.
-        prediction_type: "epsilon" only.
+        prediction_type: "epsilon" or "v_prediction".
     Raises:
         PromptError: another prediction_type. ConfigError: another beta_schedule.
     """
@@ -49,8 +49,11 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         beta_schedule: str = "linear",
         prediction_type: str = "epsilon",
     ) -> None:
-        if prediction_type != "epsilon":
-            raise PromptError(f"solver iddpm needs prediction_type 'epsilon', not {prediction_type!r}; use dpm-solver")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise PromptError(
+                f"solver iddpm needs prediction_type 'epsilon' or 'v_prediction', not {prediction_type!r}; use "
+                "dpm-solver"
+            )
         if beta_schedule == "linear":
             self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
         else:
@@ -91,7 +94,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """One draw from p(x_{t-1} | x_t); the last step returns its mean.
 
         Args:
-            model_output: (B, 2C, h, w) noise and variance interpolation, or (B, C, h, w) noise: then variance beta_t.
+            model_output: (B, 2C, h, w) prediction and variance interpolation, or (B, C, h, w): then variance beta_t.
             timestep: original timestep, a member of `timesteps`.
             sample: (B, C, h, w) x_t.
             generator: one, or one a picture.
@@ -100,7 +103,9 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._step_index = self.timesteps.tolist().index(int(timestep))
         index = len(self.timesteps) - 1 - self._step_index  # position in the ascending process
         positions = torch.full((len(sample),), index, device=sample.device)
-        mean, log_variance, x0 = self.process.p_mean_log_variance(model_output, sample, positions)
+        mean, log_variance, x0 = self.process.p_mean_log_variance(
+            model_output, sample, positions, self.config["prediction_type"]
+        )
         previous = mean
         if index > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)

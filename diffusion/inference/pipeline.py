@@ -212,9 +212,9 @@ class PixArtPipeline(PipelineParts):
         return request.recipes(solver_name(self.scheduler), list(seed), _fingerprints(request))
 
     def _require_fitting_scheduler(self) -> None:
-        """Refuse a scheduler for another kind of model, set after loading; unmarked weights take any but flow."""
+        """Refuse a scheduler for another kind of model, set after loading."""
         given, wanted = scheduler_predicts(self.scheduler), self.transformer.config.prediction_type
-        if given != wanted and (wanted != "epsilon" or given == "flow"):
+        if given != wanted:
             raise PromptError(
                 f"the transformer predicts {wanted}, the scheduler is for {given}; make one with "
                 f"make_scheduler(..., prediction_type={wanted!r})"

@@ -14,10 +14,12 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
 )
 from diffusers.schedulers.scheduling_lcm import LCMScheduler, LCMSchedulerOutput
 from torch import Tensor
 
+from diffusion.checkpoints.keys import flow_shift_of, predicts
 from diffusion.errors import PromptError, did_you_mean
 from diffusion.inference.iddpm import IDDPMScheduler
 from diffusion.sa_solver_diffusers import SASolverScheduler
@@ -32,8 +34,9 @@ PROCESS: dict[str, Any] = {
     "prediction_type": "epsilon",
 }
 FLOW_EULER = "flow-euler"
-ALGORITHMS = ("dpm-solver", "sa-solver", "iddpm", "ddim", "deis", "lcm")  # for models that predict noise
+ALGORITHMS = ("dpm-solver", "sa-solver", "iddpm", "ddim", "deis", "lcm")  # for models that predict noise or velocity
 FLOW_ALGORITHMS = ("dpm-solver", FLOW_EULER)  # for rectified flow; deis misses the mean of shifted ones by 6 %
+# "lcm" is for distilled models of any kind.
 DEFAULT_STEPS = {"dpm-solver": 20, "sa-solver": 25, "iddpm": 100, "ddim": 50, "deis": 20, "lcm": 4, FLOW_EULER: 28}
 _CAPTURABLE = ("dpm-solver", "ddim", "deis", FLOW_EULER)
 _ALIASES = {"ddpm": "iddpm"}
@@ -92,6 +95,21 @@ class OriginalLCMScheduler(_NoiseFromOutside):
         super().set_timesteps(timesteps=grid[:: grid_size // num_inference_steps][:num_inference_steps], device=device)
 
 
+class FlowLCMScheduler(FlowMatchLCMScheduler):
+    """diffusers' LCM scheduler of flow models at noise levels 1, (n - 1) / n, ... 1 / n before the shift.
+
+    diffusers' own end at 1 / 1000, where the last of a few steps would do nothing.
+    """
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **kwargs: Any
+    ) -> None:
+        """As in diffusers; `num_inference_steps` alone gives even steps to 0."""
+        if num_inference_steps is not None and not kwargs:
+            kwargs = {"sigmas": [1 - k / num_inference_steps for k in range(num_inference_steps)]}
+        super().set_timesteps(num_inference_steps, device=device, **kwargs)  # type: ignore[misc]
+
+
 class OneStepScheduler(_NoiseFromOutside):
     """One step from pure noise at a timestep to the predicted picture, for generators distilled by DMD."""
 
@@ -142,6 +160,7 @@ _SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "lcm": (OriginalLCMScheduler, {"original_inference_steps": 50, "clip_sample": False, "set_alpha_to_one": True}),
 }
+_FLOW_MATCH: dict[str, Any] = {FLOW_EULER: FlowMatchEulerDiscreteScheduler, "lcm": FlowLCMScheduler}
 
 
 def algorithm_name(algorithm: str) -> str:
@@ -179,7 +198,7 @@ def make_scheduler(
     name, base = algorithm_name(algorithm), base_config or {}
     prediction_type = prediction_type or ("flow" if name == FLOW_EULER else predicts(base))
     if prediction_type == "flow":
-        return _flow_scheduler(name, base, base.get("flow_shift", 1.0) if flow_shift is None else flow_shift)
+        return _flow_scheduler(name, base, flow_shift_of(base) if flow_shift is None else flow_shift)
     if name == FLOW_EULER:
         raise PromptError(f"solver {name} samples flow models; this one predicts {prediction_type}: use dpm-solver")
     cls, settings = _SOLVERS[name]
@@ -187,41 +206,35 @@ def make_scheduler(
     return cls(**{**process, "prediction_type": prediction_type}, **settings)
 
 
-def predicts(config: Mapping[str, Any]) -> str:
-    """What the network predicts that a scheduler of this config samples: "epsilon", "v_prediction" or "flow"."""
-    if config.get("use_flow_sigmas") or "FlowMatch" in str(config.get("_class_name", "")):
-        return "flow"
-    return str(config.get("prediction_type", "epsilon"))
-
-
 def scheduler_predicts(scheduler: Any) -> str:
-    """The same of a scheduler."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    """What the network predicts that a scheduler samples: "epsilon", "v_prediction" or "flow"."""
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)):
         return "flow"
     return predicts(scheduler.config)
 
 
 def fitting_scheduler(scheduler: Any, prediction_type: str, flow_shift: float = 1.0) -> Any:
-    """The scheduler itself, or the same solver for a network that predicts something else than noise.
+    """The scheduler itself, or the same solver for a network that predicts something else than it is set up for.
 
     Raises:
-        PromptError: the solver cannot sample it, or the network predicts noise and the scheduler is for flow.
+        PromptError: the solver cannot sample it.
     """
     given = scheduler_predicts(scheduler)
-    if given == prediction_type or (prediction_type == "epsilon" and given != "flow"):
-        return scheduler  # a v_prediction scheduler beside weights without a mark: the folder knows
-    if prediction_type == "epsilon":
-        raise PromptError("the network predicts noise, the scheduler is for flow; choose an algorithm, e.g. dpm-solver")
-    _logger.info("the network predicts %s: %s is set up for it", prediction_type, solver_name(scheduler))
-    return make_scheduler(
-        solver_name(scheduler), base_config=scheduler.config, prediction_type=prediction_type, flow_shift=flow_shift
-    )
+    if given == prediction_type:
+        return scheduler
+    name = solver_name(scheduler)
+    if name not in DEFAULT_STEPS:
+        raise PromptError(
+            f"{name} is set up for {given}, the network predicts {prediction_type}; choose an algorithm, as dpm-solver"
+        )
+    _logger.info("the network predicts %s: %s is set up for it", prediction_type, name)
+    return make_scheduler(name, base_config=scheduler.config, prediction_type=prediction_type, flow_shift=flow_shift)
 
 
 def _flow_scheduler(name: str, base: Mapping[str, Any], shift: float) -> Any:
     steps = base.get("num_train_timesteps", PROCESS["num_train_timesteps"])
-    if name == FLOW_EULER:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=base.get("shift", shift))
+    if name in _FLOW_MATCH:
+        return _FLOW_MATCH[name](num_train_timesteps=steps, shift=base.get("shift", shift))
     if name not in FLOW_ALGORITHMS:
         raise PromptError(f"solver {name} cannot sample a flow model; choose one of {', '.join(FLOW_ALGORITHMS)}")
     cls, settings = _SOLVERS[name]
@@ -229,15 +242,18 @@ def _flow_scheduler(name: str, base: Mapping[str, Any], shift: float) -> Any:
     return cls(**{**PROCESS, "num_train_timesteps": steps, **settings, **flow})
 
 
-def make_one_step_scheduler(timestep: int) -> OneStepScheduler:
-    """For a generator that was trained to see pure noise at `timestep`."""
-    scheduler = OneStepScheduler(**PROCESS, clip_sample=False, set_alpha_to_one=True)
+def make_one_step_scheduler(timestep: int, prediction_type: str = "epsilon") -> OneStepScheduler:
+    """For a generator that was trained to see pure noise at `timestep`, and predicts noise or "v_prediction"."""
+    process = {**PROCESS, "prediction_type": prediction_type}
+    scheduler = OneStepScheduler(**process, clip_sample=False, set_alpha_to_one=True)
     scheduler.one_step_timestep = timestep
     return scheduler
 
 
 def solver_name(scheduler: Any) -> str:
     """The name of a scheduler's algorithm, for the recipe of a picture; a class without one gives its own name."""
+    if isinstance(scheduler, FlowMatchLCMScheduler):
+        return "lcm"
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return FLOW_EULER
     for name, (cls, _) in _SOLVERS.items():

@@ -9,13 +9,11 @@ from diffusion.objectives.denoising import (
     LatentBatch,
     LossOutput,
     Objective,
-    noise_mse,
     sample_posterior,
-    variance_bound,
 )
 from diffusion.objectives.distribution import DistributionMatching, OneStepNetworks, pair_noise
 from diffusion.objectives.levers import Alignment, Routing
-from diffusion.objectives.targets import FlowObjective, VelocityObjective
+from diffusion.objectives.targets import prediction_mse, variance_bound
 
 __all__ = [
     "Alignment",
@@ -24,17 +22,15 @@ __all__ = [
     "ControlObjective",
     "DenoisingObjective",
     "DistributionMatching",
-    "FlowObjective",
     "LatentBatch",
     "LossOutput",
     "Objective",
     "OneStepNetworks",
     "Roles",
     "Routing",
-    "VelocityObjective",
     "drop_captions",
-    "noise_mse",
     "pair_noise",
+    "prediction_mse",
     "sample_posterior",
     "variance_bound",
 ]

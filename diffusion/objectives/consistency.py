@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from diffusion.objectives.denoising import DenoisingObjective, LatentBatch, LossOutput, predict
 from diffusion.process import (
     DDIMGrid,
+    FlowGrid,
+    StraightPath,
     keyed_normal,
     keyed_timesteps,
     keyed_uniform,
@@ -44,7 +46,7 @@ class ConsistencyObjective(DenoisingObjective):
     """Distance between the student at t_n and the target one DDIM step of the guided teacher later.
 
     Args (beside those of `DenoisingObjective`):
-        num_ddim_steps: steps of the teacher's grid.
+        num_ddim_steps: steps of the teacher's grid; of Euler's method for a flow model.
         guidance: w of Eq. 14, uncond + (1 + w) (cond - uncond): (w, w) fixed, or the ends of a range that it is drawn
             from uniformly, a value a sample.
         huber_c: constant of the pseudo-Huber distance; None = squared distance.
@@ -57,7 +59,16 @@ class ConsistencyObjective(DenoisingObjective):
     roles: Roles | None = None
 
     def __post_init__(self) -> None:
-        self.grid = DDIMGrid(self.process, self.num_ddim_steps)
+        path = self.path
+        self.grid: DDIMGrid | FlowGrid = (
+            FlowGrid(path, self.num_ddim_steps, self.flow_shift)
+            if isinstance(path, StraightPath)
+            else DDIMGrid(path, self.num_ddim_steps)
+        )
+
+    def draw_timesteps(self, seed: int, numbers: Tensor) -> Tensor:
+        """(B,) timesteps at which the student's steps begin."""
+        return self.grid.interval(keyed_timesteps(seed, numbers, self.num_ddim_steps))[0]
 
     def for_validation(self) -> ConsistencyObjective:
         """The same distance without caption dropout."""
@@ -76,20 +87,26 @@ class ConsistencyObjective(DenoisingObjective):
             model, batch, keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         )
         null = self.drop_captions(model, batch, torch.ones_like(numbers, dtype=torch.bool))
-        noisy = self.process.q_sample(latents, begin, noise)
+        path = self.path
+        noisy = path.q_sample(latents, begin, noise)
 
-        def noise_of(network: nn.Module, x: Tensor, timesteps: Tensor, caption: tuple[Tensor, Tensor]) -> Tensor:
-            output = predict(network, x, self.process.original_timesteps(timesteps), *caption, batch)
-            return output[:, : x.shape[1]].float()  # float32: at t = 999 the conversion to x_0 multiplies by 157
+        def output_of(network: nn.Module, x: Tensor, timesteps: Tensor, caption: tuple[Tensor, Tensor]) -> Tensor:
+            output = predict(network, x, path.original_timesteps(timesteps), *caption, batch)
+            return output[:, : x.shape[1]].float()  # float32: at t = 999 noise is 157 times as large in x_0
 
-        student = self.grid.consistency(noisy, noise_of(model, noisy, begin, captions), begin)
+        def implied(output: Tensor, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            return path.x0_and_noise(output, x, timesteps, self.prediction_type)
+
+        x0, _ = implied(output_of(model, noisy, begin, captions), noisy, begin)
+        student = self.grid.consistency(noisy, x0, begin)
         with torch.no_grad():
             with roles.as_teacher():
-                conditional = noise_of(roles.teacher, noisy, begin, captions)
-                unconditional = noise_of(roles.teacher, noisy, begin, null)
+                conditional = output_of(roles.teacher, noisy, begin, captions)
+                unconditional = output_of(roles.teacher, noisy, begin, null)
             guided = conditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
-            earlier = self.grid.step(noisy, guided, begin, end)
-            target = self.grid.consistency(earlier, noise_of(roles.target, earlier, end, captions), end)
+            earlier = self.grid.step(*implied(guided, noisy, begin), end)
+            x0, _ = implied(output_of(roles.target, earlier, end, captions), earlier, end)
+            target = self.grid.consistency(earlier, x0, end)
         difference = student - target
         distance = mean_square(difference) if self.huber_c is None else pseudo_huber(difference, self.huber_c)
         return LossOutput(distance.mean(), {"distance": distance.detach()})

@@ -1,12 +1,10 @@
-"""What one step of base training minimises: predict the noise, and the variance through the variational bound.
+"""What one step of base training minimises: predict the noise (or velocity, or flow), and the variance by its bound.
 
-L_simple: DDPM Eq. 14 (arXiv:2006.11239). L_vlb on the variance alone, learned range: Improved DDPM Sec. 3.1
-(arXiv:2102.09672). Min-SNR weights: arXiv:2303.09556, Sec. 3.4.
+L_simple: DDPM Eq. 14 (arXiv:2006.11239).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,8 +15,16 @@ from torch import Tensor, nn
 from diffusion.models import pad_captions
 from diffusion.objectives.captions import drop_captions
 from diffusion.objectives.levers import Alignment, Routing, silent, watch_blocks
-from diffusion.process import GaussianProcess, LogitNormal, keyed_normal, keyed_timesteps, keyed_uniform
-from diffusion.process.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
+from diffusion.objectives.targets import prediction_mse, variance_bound
+from diffusion.process import (
+    GaussianProcess,
+    LogitNormal,
+    StraightPath,
+    keyed_normal,
+    keyed_sigmas,
+    keyed_timesteps,
+    keyed_uniform,
+)
 
 
 class LatentBatch(Protocol):
@@ -50,51 +56,6 @@ class Objective(Protocol):
         """The objective as the validation loss takes it."""
 
 
-def noise_mse(noise_pred: Tensor, noise: Tensor, snr: Tensor, snr_cap: float | None = None) -> Tensor:
-    """Mean squared error of the predicted noise, one value a sample.
-
-    Args:
-        noise_pred, noise: (B, C, H, W); noise has unit variance, so a constant zero guess scores about 1.
-        snr: (B,) signal-to-noise ratio abar_t / (1 - abar_t); 0 is allowed.
-        snr_cap: gamma of Min-SNR, usually 5; None = no weighting. Weight: min(snr, cap) / snr.
-    Returns:
-        (B,) float32, not averaged.
-    Raises:
-        ValueError: shapes differ, or snr_cap is not positive.
-    """
-    if noise_pred.shape != noise.shape:
-        raise ValueError(
-            f"noise_pred {tuple(noise_pred.shape)} and noise {tuple(noise.shape)} must have one shape; "
-            "split off the variance channels of a pred_sigma model first"
-        )
-    if snr_cap is not None and snr_cap <= 0:
-        raise ValueError(f"snr_cap={snr_cap} must be positive; use None for no weighting")
-    loss = (noise_pred.float() - noise.float()).square().flatten(1).mean(1)  # float32: bf16 would round the sum
-    return loss if snr_cap is None else loss * (snr_cap / snr).clamp(max=1)  # this form is finite at snr = 0
-
-
-def variance_bound(
-    process: GaussianProcess, noise_pred: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor
-) -> Tensor:
-    """Variational bound of the learned variance, bits a dimension, one value a sample.
-
-    The mean is taken from the detached noise prediction, so this term teaches the variance alone. At t = 0 the
-    bound is the likelihood of x_0 in bins of half-width 1/255, elsewhere KL(q || p).
-
-    Args:
-        noise_pred, v, x0, x_t: (B, C, H, W); timesteps: (B,) indices.
-    Returns:
-        (B,) float32.
-    """
-    output = torch.cat([noise_pred.detach(), v], dim=1).float()
-    mean, log_variance, _ = process.p_mean_log_variance(output, x_t, timesteps)
-    true_mean, _, true_log_variance = process.q_posterior(x0, x_t, timesteps)
-    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance, bin_half_width=1 / 255)
-    first = (timesteps == 0).view(-1, 1, 1, 1)
-    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2.0)
-
-
 def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
     """Draw from the VAE's posterior; noise None = its mode. All (B, C, h, w), unscaled."""
     return mean if noise is None else mean + std * noise
@@ -102,18 +63,19 @@ def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
 
 @dataclass
 class DenoisingObjective:
-    """Noise prediction, with learned-range variance where the network predicts one, on precomputed features.
+    """Denoising, with learned-range variance where the network predicts one, on precomputed features.
 
     Args:
-        process: the full noise process.
+        process: the full noise process; flow has a path of its own.
         scale_factor: latents are multiplied by it (0.18215 for SD's VAE).
         class_dropout_prob: probability that a caption is replaced by the null caption.
         null_embeds: (L0, C) T5("") for the "t5_empty" convention; None = the model's stored null embedding.
         sample_latents: draw from the VAE posterior (True) or take its mode.
-        min_snr_gamma: see `noise_mse`.
+        min_snr_gamma: see `prediction_mse`.
         learn_variance: train predicted variances by the bound; False leaves them as they are.
         logit_normal: density of the timesteps; None = uniform.
         noise_offset: size of noise that is constant over a channel, added to the usual.
+        prediction_type: of the network, "epsilon", "v_prediction" or "flow"; flow_shift: of flow, see `shift_sigma`.
         routing, alignment: levers of training; None = off.
         caption_length: pad captions to so many tokens, so that compiled blocks see one shape; None = to the longest.
     """
@@ -127,6 +89,8 @@ class DenoisingObjective:
     learn_variance: bool = True
     logit_normal: LogitNormal | None = None
     noise_offset: float = 0.0
+    prediction_type: str = "epsilon"
+    flow_shift: float = 1.0
     routing: Routing | None = None
     alignment: Alignment | None = None
     caption_length: int | None = None
@@ -152,8 +116,15 @@ class DenoisingObjective:
         metrics = {**output.metrics, "alignment": distance.detach()}
         return LossOutput(output.loss + self.alignment.weight * distance.mean(), metrics)
 
+    @property
+    def path(self) -> GaussianProcess | StraightPath:
+        """How a picture becomes noise for a network of this kind."""
+        return StraightPath() if self.prediction_type == "flow" else self.process
+
     def draw_timesteps(self, seed: int, numbers: Tensor) -> Tensor:
-        """(B,) timesteps of samples, as `terms` takes them."""
+        """(B,) timesteps of samples, as `path` takes them."""
+        if self.prediction_type == "flow":
+            return keyed_sigmas(seed, numbers, self.logit_normal, self.flow_shift)
         return keyed_timesteps(seed, numbers, self.process.num_timesteps, self.logit_normal)
 
     def denoiser(
@@ -186,15 +157,17 @@ class DenoisingObjective:
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
     ) -> LossOutput:
         """Loss of given draws; denoise(x_t, original timesteps) -> (B, C or 2C, h, w)."""
-        process, channels = self.process, latents.shape[1]
-        noisy = process.q_sample(latents, timesteps, noise)
-        output = denoise(noisy, process.original_timesteps(timesteps))
-        mse = noise_mse(output[:, :channels], noise, process.snr(timesteps), self.min_snr_gamma)
+        path, kind, channels = self.path, self.prediction_type, latents.shape[1]
+        noisy = path.q_sample(latents, timesteps, noise)
+        output = denoise(noisy, path.original_timesteps(timesteps))
+        target = path.target(latents, timesteps, noise, kind)
+        snr = None if self.min_snr_gamma is None else self.process.snr(timesteps)
+        mse = prediction_mse(output[:, :channels], target, snr, self.min_snr_gamma, kind)
         metrics = {"mse": mse.detach()}
         loss = mse
         if self.learn_variance and output.shape[1] == 2 * channels:
-            noise_pred, v = output.float().chunk(2, dim=1)
-            vb = variance_bound(process, noise_pred, v, latents, noisy, timesteps)
+            prediction, v = output.float().chunk(2, dim=1)
+            vb = variance_bound(self.process, prediction, v, latents, noisy, timesteps, kind)
             metrics["vb"] = vb.detach()
             loss = mse + vb
         return LossOutput(loss.mean(), metrics)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.objectives.denoising import DenoisingObjective, LossOutput, noise_mse, size_inputs
+from diffusion.objectives.denoising import DenoisingObjective, LossOutput, size_inputs
+from diffusion.objectives.targets import prediction_mse
 from diffusion.process import keyed_normal, keyed_uniform, mean_square
 
 # (latents drawn in one step, the teacher's), both (B, C, h, w) scaled -> (B,).
@@ -75,6 +76,10 @@ class DistributionMatching(DenoisingObjective):
     distance: Distance | None = None
     teacher: nn.Module | None = None
 
+    def draw_timesteps(self, seed: int, numbers: Tensor) -> Tensor:
+        """(B,) timesteps at which the teacher and the fake network judge what was drawn."""
+        return 1 + (keyed_uniform(seed, "score_timestep", numbers) * (self.max_timestep - 1)).long()
+
     def for_validation(self) -> DistributionMatching:
         """The same loss without caption dropout."""
         return replace(self, class_dropout_prob=0.0)
@@ -86,10 +91,13 @@ class DistributionMatching(DenoisingObjective):
             model, batch, keyed_uniform(seed, "caption_drop", numbers) < self.class_dropout_prob
         )
         null = self.drop_captions(model, batch, torch.ones_like(numbers, dtype=torch.bool))
-        sizes, process = size_inputs(model, batch), self.process
+        sizes, process, kind = size_inputs(model, batch), self.process, self.prediction_type
 
-        def eps(network: Callable[..., Tensor], x: Tensor, t: Tensor, caption: tuple[Tensor, Tensor]) -> Tensor:
+        def output_of(network: Callable[..., Tensor], x: Tensor, t: Tensor, caption: tuple[Tensor, Tensor]) -> Tensor:
             return network(x, process.original_timesteps(t), *caption, **sizes)[:, : shape[0]].float()
+
+        def x0_of(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+            return process.x0_and_noise(output, x, t, kind)[0]
 
         def named(name: str) -> Callable[..., Tensor]:
             return lambda *inputs, **more: model(name, *inputs, **more)
@@ -97,16 +105,16 @@ class DistributionMatching(DenoisingObjective):
         paired = self.regression_weight > 0
         start = pair_noise(batch.keys, shape, numbers.device) if paired else keyed_normal(seed, "noise", numbers, shape)
         begin = torch.full_like(numbers, self.generator_timestep)
-        drawn = process.predict_x0(start, begin, eps(named("generator"), start, begin, captions))
+        drawn = x0_of(output_of(named("generator"), start, begin, captions), start, begin)
         still = drawn.detach()
 
         with torch.no_grad():
-            t = 1 + (keyed_uniform(seed, "score_timestep", numbers) * (self.max_timestep - 1)).long()
+            t = self.draw_timesteps(seed, numbers)
             noisy = process.q_sample(still, t, keyed_normal(seed, "score_noise", numbers, shape))
             assert self.teacher is not None  # the trainer has set it
-            conditional, unconditional = (eps(self.teacher, noisy, t, caption) for caption in (captions, null))
-            real = process.predict_x0(noisy, t, unconditional + self.guidance_scale * (conditional - unconditional))
-            fake = process.predict_x0(noisy, t, eps(unwrapped(model).fake, noisy, t, captions))
+            conditional, unconditional = (output_of(self.teacher, noisy, t, caption) for caption in (captions, null))
+            real = x0_of(unconditional + self.guidance_scale * (conditional - unconditional), noisy, t)
+            fake = x0_of(output_of(unwrapped(model).fake, noisy, t, captions), noisy, t)
             # Eq. 7-8: (s_fake - s_real) sigma / alpha = (fake - real) / sigma, over the distance from the real one.
             weight = 1 / ((still - real).abs().flatten(1).mean(1) + 1e-5).view(-1, 1, 1, 1)
             goal = still - weight * (fake - real) / process.gather("sqrt_one_minus_alpha_bar", t, noisy)
@@ -114,8 +122,8 @@ class DistributionMatching(DenoisingObjective):
 
         t = (keyed_uniform(seed, "fake_timestep", numbers) * process.num_timesteps).long()
         noise = keyed_normal(seed, "fake_noise", numbers, shape)
-        found = eps(named("fake"), process.q_sample(still, t, noise), t, captions)
-        denoising = noise_mse(found, noise, process.snr(t))
+        found = output_of(named("fake"), process.q_sample(still, t, noise), t, captions)
+        denoising = prediction_mse(found, process.target(still, t, noise, kind))
 
         metrics = {"matching": matching.detach(), "fake": denoising.detach()}
         total = matching + denoising

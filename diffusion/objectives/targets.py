@@ -1,57 +1,82 @@
-"""Other things to predict than the noise: velocity, and the direction of straight paths."""
+"""How far a prediction is from its target, for networks of every kind: noise, velocity, flow.
+
+Min-SNR weights: arXiv:2303.09556, Sec. 3.4. L_vlb on the variance alone, learned range: Improved DDPM Sec. 3.1
+(arXiv:2102.09672).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
 
+import torch
 from torch import Tensor
 
-from diffusion.objectives.denoising import DenoisingObjective, LossOutput
-from diffusion.process.flow import flow_sample, flow_velocity, keyed_sigmas
+from diffusion.process import GaussianProcess
+from diffusion.process.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 
 
-def prediction_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, one float32 value a sample: (B, C, H, W) -> (B,)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def prediction_mse(
+    prediction: Tensor,
+    target: Tensor,
+    snr: Tensor | None = None,
+    snr_cap: float | None = None,
+    kind: str = "epsilon",
+) -> Tensor:
+    """Mean squared error of what a network predicts, one value a sample.
 
-
-@dataclass
-class VelocityObjective(DenoisingObjective):
-    """Velocity v = sqrt(abar) noise - sqrt(1 - abar) x_0 (arXiv:2202.00512, App. D), without learned variance.
-
-    Min-SNR weight of v: min(snr, gamma) / (snr + 1) (arXiv:2303.09556, Sec. 3.4).
-    """
-
-    def terms(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> LossOutput:
-        process = self.process
-        output = denoise(process.q_sample(latents, timesteps, noise), process.original_timesteps(timesteps))
-        mse = prediction_mse(output, process.velocity(latents, timesteps, noise))
-        if self.min_snr_gamma is not None:
-            snr = process.snr(timesteps)
-            mse = mse * snr.clamp(max=self.min_snr_gamma) / (snr + 1)
-        return LossOutput(mse.mean(), {"mse": mse.detach()})
-
-
-@dataclass
-class FlowObjective(DenoisingObjective):
-    """Rectified flow: predict noise - x_0 at (1 - s) x_0 + s noise; the network is told 1000 s.
+    With a cap the error is that of x_0 times min(snr, cap), whatever is predicted: weight min(snr, cap) / snr for
+    "epsilon", min(snr, cap) / (snr + 1) for "v_prediction".
 
     Args:
-        flow_shift: see `shift_sigma`.
+        prediction, target: (B, C, H, W); noise has unit variance, so a constant zero guess of it scores about 1.
+        snr: (B,) signal-to-noise ratio abar_t / (1 - abar_t); 0 is allowed. Read with a cap alone.
+        snr_cap: gamma of Min-SNR, usually 5; None = no weighting. Not for "flow".
+    Returns:
+        (B,) float32, not averaged.
+    Raises:
+        ValueError: shapes differ, snr_cap is not positive, or a cap that cannot be.
     """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape; "
+            "split off the variance channels of a pred_sigma model first"
+        )
+    loss = (prediction.float() - target.float()).square().flatten(1).mean(1)  # float32: bf16 would round the sum
+    if snr_cap is None:
+        return loss
+    if snr_cap <= 0:
+        raise ValueError(f"snr_cap={snr_cap} must be positive; use None for no weighting")
+    if snr is None or kind == "flow":
+        raise ValueError(f"snr_cap={snr_cap} needs the snr of a network that predicts noise or velocity")
+    if kind == "v_prediction":
+        return loss * snr.clamp(max=snr_cap) / (snr + 1)
+    return loss * (snr_cap / snr).clamp(max=1)  # this form is finite at snr = 0
 
-    flow_shift: float = 1.0
 
-    def draw_timesteps(self, seed: int, numbers: Tensor) -> Tensor:
-        """(B,) noise levels in [0, 1]."""
-        return keyed_sigmas(seed, numbers, self.logit_normal, self.flow_shift)
+def variance_bound(
+    process: GaussianProcess,
+    prediction: Tensor,
+    v: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    timesteps: Tensor,
+    kind: str = "epsilon",
+) -> Tensor:
+    """Variational bound of the learned variance, bits a dimension, one value a sample.
 
-    def terms(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> LossOutput:
-        output = denoise(flow_sample(latents, timesteps, noise), 1000 * timesteps)
-        mse = prediction_mse(output, flow_velocity(latents, noise))
-        return LossOutput(mse.mean(), {"mse": mse.detach()})
+    The mean is taken from the detached prediction, so this term teaches the variance alone. At t = 0 the bound is the
+    likelihood of x_0 in bins of half-width 1/255, elsewhere KL(q || p).
+
+    Args:
+        prediction, v, x0, x_t: (B, C, H, W), v the variance interpolation; timesteps: (B,) indices.
+        kind: of the prediction, "epsilon" or "v_prediction".
+    Returns:
+        (B,) float32.
+    """
+    output = torch.cat([prediction.detach(), v], dim=1).float()
+    mean, log_variance, _ = process.p_mean_log_variance(output, x_t, timesteps, kind)
+    true_mean, _, true_log_variance = process.q_posterior(x0, x_t, timesteps)
+    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance, bin_half_width=1 / 255)
+    first = (timesteps == 0).view(-1, 1, 1, 1)
+    return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2.0)

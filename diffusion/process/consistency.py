@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.process.flow import StraightPath, shift_sigma
 from diffusion.process.gaussian import GaussianProcess
 
 SIGMA_DATA = 0.5
@@ -36,27 +37,53 @@ class DDIMGrid:
         ValueError: T is not divisible by num_steps.
     """
 
-    process: GaussianProcess
+    path: GaussianProcess
     num_steps: int = 50
 
     def __post_init__(self) -> None:
-        if self.process.num_timesteps % self.num_steps:
-            raise ValueError(f"num_steps={self.num_steps} must divide the {self.process.num_timesteps} timesteps")
+        if self.path.num_timesteps % self.num_steps:
+            raise ValueError(f"num_steps={self.num_steps} must divide the {self.path.num_timesteps} timesteps")
 
     def interval(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) indices -> timesteps at which the steps begin and end, (B,) int64 each."""
-        stride = self.process.num_timesteps // self.num_steps
+        stride = self.path.num_timesteps // self.num_steps
         begin = (indices + 1) * stride - 1
         return begin, (begin - stride).clamp(min=0)
 
-    def step(self, x_t: Tensor, eps: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-        """Deterministic DDIM step (arXiv:2010.02502, Eq. 12 with eta = 0): x_t, eps (B, C, h, w) -> x at `end`."""
-        return self.process.q_sample(self.process.predict_x0(x_t, begin, eps), end, eps)
+    def step(self, x0: Tensor, noise: Tensor, end: Tensor) -> Tensor:
+        """Deterministic DDIM step (arXiv:2010.02502, Eq. 12 with eta = 0) to `end`, from what a model implies."""
+        return self.path.q_sample(x0, end, noise)
 
-    def consistency(self, x_t: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """f(x_t, t) of a noise prediction: (B, C, h, w) -> (B, C, h, w)."""
+    def consistency(self, x_t: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+        """f(x_t, t) of a model that implies x0: (B, C, h, w) -> (B, C, h, w)."""
         c_skip, c_out = boundary_scalings(timesteps)
-        return c_skip * x_t + c_out * self.process.predict_x0(x_t, timesteps, eps)
+        return c_skip * x_t + c_out * x0
+
+
+@dataclass(frozen=True)
+class FlowGrid:
+    """The same along straight paths: noise levels (n + 1) / num_steps -> n / num_steps, shifted as the model's.
+
+    f(x, s) is the implied x_0 itself, as in diffusers' FlowMatchLCMScheduler: x - s v is x at s = 0 without scalings.
+    A DDIM step is one of Euler here.
+    """
+
+    path: StraightPath
+    num_steps: int = 50
+    shift: float = 1.0
+
+    def interval(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) indices -> noise levels at which the steps begin and end, (B,) float32 each."""
+        begin, end = (shift_sigma((indices + more).float() / self.num_steps, self.shift) for more in (1, 0))
+        return begin, end
+
+    def step(self, x0: Tensor, noise: Tensor, end: Tensor) -> Tensor:
+        """As `DDIMGrid.step`."""
+        return self.path.q_sample(x0, end, noise)
+
+    def consistency(self, x_t: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+        """As `DDIMGrid.consistency`."""
+        return x0
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diffusion.process.prediction import prediction_target, x0_and_noise
 from diffusion.process.schedules import make_betas, spaced_timesteps
 
 
@@ -72,20 +73,22 @@ class GaussianProcess:
         signal, sigma = self._signal_and_noise(timesteps, x0)
         return signal * x0 + sigma * noise
 
+    def target(self, x0: Tensor, timesteps: Tensor, noise: Tensor, kind: str) -> Tensor:
+        """What a network of a kind ("epsilon", "v_prediction") shall predict at q_sample(x0, timesteps, noise)."""
+        return prediction_target(kind, x0, noise, *self._signal_and_noise(timesteps, x0))
+
+    def x0_and_noise(self, prediction: Tensor, x_t: Tensor, timesteps: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """x_0 and noise that the prediction of a network of a kind implies, (B, C, H, W) each."""
+        return x0_and_noise(kind, prediction, x_t, *self._signal_and_noise(timesteps, x_t))
+
     def predict_x0(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
         """x_0 implied by a noise prediction (Eq. 4 solved for x_0)."""
-        signal, sigma = self._signal_and_noise(timesteps, x_t)
-        return (x_t - sigma * eps) / signal
+        return self.x0_and_noise(eps, x_t, timesteps, "epsilon")[0]
 
     def predict_eps(self, x_t: Tensor, timesteps: Tensor, x0: Tensor) -> Tensor:
         """Noise implied by an x_0 prediction."""
         signal, sigma = self._signal_and_noise(timesteps, x_t)
         return (x_t - signal * x0) / sigma
-
-    def velocity(self, x0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """v = sqrt(abar) eps - sqrt(1 - abar) x_0 (progressive distillation, arXiv:2202.00512, App. D)."""
-        signal, sigma = self._signal_and_noise(timesteps, x0)
-        return signal * noise - sigma * x0
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), Eq. 6-7."""
@@ -102,22 +105,21 @@ class GaussianProcess:
         return fraction * high + (1 - fraction) * low
 
     def p_mean_log_variance(
-        self, model_output: Tensor, x_t: Tensor, timesteps: Tensor
+        self, model_output: Tensor, x_t: Tensor, timesteps: Tensor, kind: str = "epsilon"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), and the implied x_0.
 
         Args:
-            model_output: (B, 2C, H, W) noise and variance interpolation, or (B, C, H, W) noise alone; then the
-                variance is beta_t ("fixed large").
-            x_t: (B, C, H, W).
+            model_output: (B, 2C, H, W) prediction and variance interpolation, or (B, C, H, W) prediction alone; then
+                the variance is beta_t ("fixed large").
+            x_t: (B, C, H, W). kind: of the prediction, "epsilon" or "v_prediction".
         """
         channels = x_t.shape[1]
-        eps = model_output[:, :channels]
         if model_output.shape[1] == 2 * channels:
             log_variance = self.learned_range_log_variance(model_output[:, channels:], timesteps)
         else:
             log_variance = self.gather("fixed_large_log_variance", timesteps, x_t).expand_as(x_t)
-        x0 = self.predict_x0(x_t, timesteps, eps)
+        x0, _ = self.x0_and_noise(model_output[:, :channels], x_t, timesteps, kind)
         mean, _, _ = self.q_posterior(x0, x_t, timesteps)
         return mean, log_variance, x0
 

@@ -146,5 +146,7 @@ def denoising_objective(config: TrainConfig, dataset: Any) -> DenoisingObjective
         logit_normal=LogitNormal(process.logit_mean, process.logit_std) if skewed else None,
         noise_offset=process.noise_offset,
         caption_length=config.model_max_length if config.compile else None,
+        prediction_type=process.prediction_type,
+        flow_shift=process.flow_shift,
         **options,
     )

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffusion.objectives import Objective
-    from diffusion.training.state import RunState
 
 
 class ControlNet(OnABase):
@@ -69,10 +68,10 @@ class ControlNet(OnABase):
         keys = [key for key in network.state_dict() if key.startswith("controlnet.")]
         return WeightAverage(network, config.ema_rate, keys=keys)
 
-    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+    def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, ControlObjective)
         if config.control_condition is not None:
-            objective.make_condition = condition_of_latents(config, state.network.device)
+            objective.make_condition = condition_of_latents(config, network.device)
 
     def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> ControlGrid:
         return ControlGrid(config, device, dataset)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from diffusion.config import TrainConfig, config_overrides, load_config
 from diffusion.errors import ConfigError
-from diffusion.training.building import denoising_objective
-from diffusion.training.publishing import publish_if_asked, require_account_if_asked
-from diffusion.training.reports import Reporting
-from diffusion.training.run_log import LOGGER
+from diffusion.ranks import Ranks
+from diffusion.training.program import train_config
+from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.starting_model import checked_config, model_keys
-from diffusion.training.trainer import Trainer
 
 # Drawn during training when the config names none: subject, scene, person, text-like detail, style.
 PROMPTS = (
@@ -31,22 +29,13 @@ def train_diffusers(args: argparse.Namespace) -> Path:
         PixArtError: the config, the model or the features cannot be used.
     """
     config = load_config(args.config, config_overrides(args))
-    require_account_if_asked(args)
     model = args.pipeline_load_from or args.load_from or config.load_from or config.pipeline_load_from
     if model is None:
         raise ConfigError("give the model: --pipeline_load_from FOLDER, or its name on the hub")
-    trainer = Trainer(
-        of_pipeline(config, model),
-        denoising_objective,
-        args.work_dir or config.work_dir,
-        resume_from=args.resume_from,
-        allow_config_change=args.allow_config_change,
-        reporting=Reporting(args.report_to == "tensorboard", args.tracker_project_name, args.loss_report_name),
-    )
+    tuned, ranks = of_pipeline(config, model), Ranks()
+    configure_logging(None, is_main=ranks.is_main)
     LOGGER.info("the network is that of %s, whatever the config says of it", model)
-    trainer.fit()
-    publish_if_asked(args, trainer.work_dir, is_main=trainer.ranks.is_main)
-    return trainer.work_dir
+    return train_config(args, tuned, ranks=ranks)
 
 
 def of_pipeline(config: TrainConfig, model: str) -> TrainConfig:

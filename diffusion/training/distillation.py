@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from diffusion.adapters import (
     write_adapter,
     write_factors,
 )
-from diffusion.checkpoints import open_checkpoint
 from diffusion.config import TrainConfig
-from diffusion.errors import CheckpointError, ConfigError
+from diffusion.errors import ConfigError
 from diffusion.inference import make_scheduler
 from diffusion.inference.solvers import stock_scheduler
 from diffusion.objectives import ConsistencyObjective, Objective, Roles
@@ -30,9 +29,6 @@ from diffusion.training.building import denoising_objective
 from diffusion.training.family import OnABase
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.validation import PromptGrid
-
-if TYPE_CHECKING:
-    from diffusion.training.state import RunState
 
 
 def consistency_objective(config: TrainConfig, dataset: Any) -> ConsistencyObjective:
@@ -54,6 +50,8 @@ def consistency_objective(config: TrainConfig, dataset: Any) -> ConsistencyObjec
         null_embeds=base.null_embeds,
         sample_latents=base.sample_latents,
         caption_length=base.caption_length,
+        prediction_type=base.prediction_type,
+        flow_shift=base.flow_shift,
         num_ddim_steps=config.num_ddim_timesteps,
         guidance=(config.w_min, config.w_max) if config.w_drawn else (config.cfg_scale, config.cfg_scale),
         huber_c=config.huber_c if config.loss_type == "huber" else None,
@@ -68,30 +66,23 @@ class LCM(OnABase):
     """
 
     base_name = "teacher"
+    steps_read_average = True
 
     def objective(self, config: TrainConfig, dataset: Any) -> ConsistencyObjective:
         return consistency_objective(config, dataset)
 
     def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
-        self.teacher = self._build_teacher(config, start)
+        self.teacher = self.build_teacher(config, start)
         return copy.deepcopy(self.teacher).requires_grad_()
-
-    def _build_teacher(self, config: TrainConfig, start: str | Path | None) -> Any:
-        teacher = self.build_base(config, start)
-        assert start is not None  # build_base has checked it
-        if open_checkpoint(start).found.lcm:
-            raise CheckpointError(f"{start} is distilled already; give the model that it was distilled from")
-        return teacher
 
     def build_average(self, network: Any, config: TrainConfig) -> WeightAverage:
         return WeightAverage(network, config.ema_decay, warm_up=False)
 
-    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
-        assert isinstance(objective, ConsistencyObjective) and state.average is not None
-        device = state.network.device
-        target = copy.deepcopy(state.network).requires_grad_(False)
-        target.load_state_dict(state.average.tensors, assign=True)  # one memory: it is the average, always
-        objective.roles = Roles(self.teacher.to(device).eval(), target.eval())
+    def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
+        assert isinstance(objective, ConsistencyObjective) and average is not None
+        target = copy.deepcopy(network).requires_grad_(False)
+        target.load_state_dict(average.tensors, assign=True)  # one memory: it is the average, always
+        objective.roles = Roles(self.teacher.to(network.device).eval(), target.eval())
 
     def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
         return PromptGrid(config, device, "lcm")
@@ -100,7 +91,9 @@ class LCM(OnABase):
         self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
     ) -> None:
         super().write(tensors, network, folder, ema=ema, stored_null_caption=stored_null_caption)
-        stock_scheduler(make_scheduler("lcm")).save_pretrained(folder / "scheduler")
+        kind = network.config.prediction_type
+        scheduler = make_scheduler("lcm", prediction_type=kind, flow_shift=network.config.flow_shift)
+        stock_scheduler(scheduler).save_pretrained(folder / "scheduler")
 
 
 class LCMLoRA(LCM):
@@ -109,8 +102,10 @@ class LCMLoRA(LCM):
     The target is the student itself, without gradients. A checkpoint holds the adapters alone, in all layouts.
     """
 
+    steps_read_average = False
+
     def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
-        network = self._build_teacher(config, start)
+        network = self.build_teacher(config, start)
         start_lora(network, config.lora_rank, alpha=config.lora_rank)
         self.base = str(start)
         return network
@@ -118,9 +113,9 @@ class LCMLoRA(LCM):
     def build_average(self, network: Any, config: TrainConfig) -> None:  # type: ignore[override]
         return None
 
-    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+    def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, ConsistencyObjective)
-        objective.roles = Roles(state.network, state.network, partial(adapters_off, state.network))
+        objective.roles = Roles(network, network, partial(adapters_off, network))
 
     def write(
         self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool

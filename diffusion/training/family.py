@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.checkpoints import load_weights, read_transformer, write_transformer
+from diffusion.checkpoints import load_weights, open_checkpoint, read_transformer, write_transformer
 from diffusion.config import TrainConfig
-from diffusion.errors import ConfigError
+from diffusion.errors import CheckpointError, ConfigError
 from diffusion.inference.recipe import model_fingerprint
 from diffusion.objectives import Objective
 from diffusion.training.building import build_network, denoising_objective
@@ -20,12 +20,17 @@ from diffusion.training.sharding import parts_like
 from diffusion.training.starting import require_same_prediction
 from diffusion.training.validation import PromptGrid
 
-if TYPE_CHECKING:
-    from diffusion.training.state import RunState
+FAKE_SCORE = "fake_score"  # folder of DMD's second network in a checkpoint
 
 
 class Family:
-    """Base training; other families override what differs. One object belongs to one run."""
+    """Base training; other families override what differs. One object belongs to one run.
+
+    steps_read_average: whether the average takes part in a step. Each step then waits for the one before to enter it,
+    and a skipped one is written down with it.
+    """
+
+    steps_read_average = False
 
     def objective(self, config: TrainConfig, dataset: Any) -> Objective:
         """What a step minimises."""
@@ -43,8 +48,8 @@ class Family:
         """The average of the trained weights that a checkpoint holds too."""
         return WeightAverage(network, config.ema_rate) if config.ema_rate is not None else None
 
-    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
-        """Give the objective what it needs of the run, on the device; called once, before a checkpoint is restored."""
+    def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
+        """Give the objective what it needs beside the network, on its device; called once, before a restore."""
 
     def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
         """What draws the validation pictures."""
@@ -100,12 +105,25 @@ class OnABase(Family):
         """
         if start is None:
             raise ConfigError(f"load_from: the {self.base_name} is missing; give its weights with --load-from")
-        for name, off in (("posthoc_ema", None), ("strategy", "ddp")):
+        options = (("posthoc_ema", None), ("strategy", "ddp"), ("lora", None), ("tread", None), ("repa", None))
+        for name, off in options:
             if getattr(config, name) != off:
                 raise ConfigError(f"{name} is not offered by this program; set {name}={off}")
         base = build_network(config, start).requires_grad_(False)
         self._base_fingerprint = model_fingerprint(base)
         return base
+
+    def build_teacher(self, config: TrainConfig, start: str | Path | None) -> Any:
+        """`build_base` for families that distil.
+
+        Raises:
+            CheckpointError: the teacher is a latent consistency model, or a generator of one step.
+        """
+        teacher = self.build_base(config, start)
+        assert start is not None  # build_base has checked it
+        if open_checkpoint(start).found.lcm or (Path(start) / FAKE_SCORE).is_dir():
+            raise CheckpointError(f"{start} is distilled already; give the model that it was distilled from")
+        return teacher
 
     def facts(self) -> dict[str, Any]:
         return {f"fingerprint_of_{self.base_name}": self._base_fingerprint}

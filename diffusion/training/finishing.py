@@ -20,4 +20,4 @@ def finish_run(work_dir: Path, config: TrainConfig, state: RunState) -> None:
         else:
             export_adapter(state.network, config, work_dir)
         LOGGER.info("adapter: %s", work_dir)
-    LOGGER.info("model card: %s", write_model_card(work_dir, config, state.step))
+    LOGGER.info("model card: %s", write_model_card(work_dir, config, state.step, type(state.family).__name__))

@@ -15,9 +15,7 @@ from diffusion.objectives import (
     Alignment,
     ClassDenoisingObjective,
     DenoisingObjective,
-    FlowObjective,
     Routing,
-    VelocityObjective,
 )
 
 
@@ -56,10 +54,7 @@ def objective_kind(config: TrainConfig) -> tuple[type[DenoisingObjective], dict[
     """
     if is_class_conditional(config.model):
         return ClassDenoisingObjective, {}
-    options: dict[str, Any] = {"routing": _routing(config), "alignment": _alignment(config)}
-    if config.process.prediction_type == "flow":
-        return FlowObjective, {**options, "flow_shift": config.process.flow_shift}
-    return VelocityObjective if config.process.prediction_type == "v_prediction" else DenoisingObjective, options
+    return DenoisingObjective, {"routing": _routing(config), "alignment": _alignment(config)}
 
 
 def _routing(config: TrainConfig) -> Routing | None:

@@ -17,13 +17,11 @@ from diffusion.features import ExtractionSettings
 from diffusion.features.sources import Columns, Source, open_source
 from diffusion.inference.folders import pipeline_folder
 from diffusion.ranks import Ranks
-from diffusion.training.building import denoising_objective
-from diffusion.training.publishing import publish_if_asked, require_account_if_asked
-from diffusion.training.reports import Reporting
+from diffusion.training.program import train_config
+from diffusion.training.publishing import require_account_if_asked
 from diffusion.training.run_features import extract_for_run
 from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.starting_model import checked_config, model_keys, require_multiple_of_16
-from diffusion.training.trainer import Trainer
 from diffusion.training.work_dir import refuse_existing_run
 
 # Data sets that the hub took down: their pictures' owner asked for it.
@@ -59,30 +57,29 @@ def train_lora(args: argparse.Namespace) -> Path:
         PixArtError: a flag, the model or the data cannot be used; said before any model is loaded where possible.
     """
     _refuse(args)
-    out = Path(args.output_dir)
+    out = Path(args.work_dir)
     require_account_if_asked(args)
     ranks = Ranks()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if ranks.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        if args.resume_from_checkpoint is None:
+        if args.resume_from is None:
             refuse_existing_run(out)
     configure_logging(out, is_main=ranks.is_main)
     _notice(args)
     base = model_keys(args.pretrained_model_name_or_path, args.resolution)
+    if args.prediction_type not in (None, base["process"]["prediction_type"]):
+        raise ConfigError(
+            f"--prediction_type {args.prediction_type}: {args.pretrained_model_name_or_path} predicts "
+            f"{base['process']['prediction_type']}; leave the flag out"
+        )
     lora_config(args, base, {}, steps_per_epoch=1)  # wrong flags are said before the features are made
     source = _source(args)
     data = _features(args, base, source, out, ranks)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     count = min(len(source.samples), args.max_train_samples or len(source.samples))
     config = lora_config(args, base, data, steps_per_epoch=math.ceil(count / per_step), world_size=ranks.world_size)
-    reporting = Reporting(tensorboard=args.report_to == "tensorboard")
-    trainer = Trainer(
-        config, denoising_objective, out, resume_from=args.resume_from_checkpoint, reporting=reporting, ranks=ranks
-    )
-    trainer.fit()
-    publish_if_asked(args, out, is_main=ranks.is_main)
-    return out
+    return train_config(args, config, ranks=ranks)
 
 
 def lora_config(
@@ -106,7 +103,7 @@ def lora_config(
         **base,
         "data_root": "/",
         "data": {"type": "Store", "root": "features", **data},
-        "work_dir": args.output_dir,
+        "work_dir": args.work_dir,
         "train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_workers": args.dataloader_num_workers,

@@ -12,21 +12,26 @@ from typing import Any
 from diffusion.checkpoints.hub import hub_file, parse_hub_id
 from diffusion.config import TrainConfig
 from diffusion.errors import PixArtError
+from diffusion.training.card_usage import kind_of, relation, tags, usage
 
 CARD = "README.md"
 _LICENCE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 
-def write_model_card(work_dir: Path, config: TrainConfig, step: int) -> Path:
-    """Write `work_dir`/README.md from the run's config, metrics and validation pictures; returns its path."""
+def write_model_card(work_dir: Path, config: TrainConfig, step: int, family: str = "Family") -> Path:
+    """Write `work_dir`/README.md from the run's config, metrics and validation pictures; returns its path.
+
+    Args:
+        family: name of the run's family, as `family_named` takes it.
+    """
     base, licence = _base_model(config.load_from)
     rows = _metrics(work_dir)
     parts = [
-        _front_matter(config, base, licence, work_dir),
-        f"# {work_dir.resolve().name}\n\n{_summary(config, base, step)}",
+        _front_matter(config, base, licence, work_dir, family),
+        f"# {work_dir.resolve().name}\n\n{_summary(config, base, step, family)}",
         _licence_line(licence, base),
         _pictures(work_dir, config),
-        "## Use\n\n" + _usage(config),
+        "## Use\n\n" + usage(config, family),
         "## Settings\n\n" + _table(_settings(config, step)),
         "## Measured\n\n" + _table(_figures(rows, config)),
     ]
@@ -49,18 +54,14 @@ def _base_model(source: str | None) -> tuple[str | None, str | None]:
     return (hub_id[0] if hub_id is not None else Path(source).name), found[1] if found else None
 
 
-def _front_matter(config: TrainConfig, base: str | None, licence: str | None, work_dir: Path) -> str:
-    tags = ["text-to-image", "pixart", "diffusers", "diffusers-training"]
-    if config.lora is not None:
-        tags += ["lora", "peft", "template:sd-lora"]
-    if config.data.class_prompt or config.data.token:
-        tags.append("dreambooth")
+def _front_matter(config: TrainConfig, base: str | None, licence: str | None, work_dir: Path, family: str) -> str:
+    all_tags = ["text-to-image", "pixart", "diffusers", "diffusers-training", *tags(config, family)]
     lines = ["---"]
     if licence is not None:
         lines.append(f"license: {licence}")
     if base is not None:
-        lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if config.lora is not None else 'finetune'}"]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", *(f"- {tag}" for tag in tags)]
+        lines += [f"base_model: {base}", f"base_model_relation: {relation(config, family)}"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", *(f"- {tag}" for tag in all_tags)]
     if config.data.prompt:
         lines.append(f"instance_prompt: {json.dumps(config.data.prompt[0], ensure_ascii=False)}")
     grids = _grids(work_dir)
@@ -72,14 +73,10 @@ def _front_matter(config: TrainConfig, base: str | None, licence: str | None, wo
     return "\n".join([*lines, "---"])
 
 
-def _summary(config: TrainConfig, base: str | None, step: int) -> str:
-    kind = "A PixArt transformer"
-    if config.lora is not None:
-        kind = f"A {'DoRA' if config.lora.use_dora else 'LoRA'} of rank {config.lora.rank}"
-    start = f"for `{base}`" if config.lora is not None else f"fine-tuned from `{base}`"
+def _summary(config: TrainConfig, base: str | None, step: int, family: str) -> str:
+    kind = "A PixArt transformer" if base is None else f"{kind_of(config, family)} `{base}`"
     subject = f" It draws what the prompt `{config.data.prompt[0]}` names." if config.data.prompt else ""
-    trained = f"trained for {step} steps at {config.image_size} px"
-    return f"{kind} {start + ', ' if base is not None else ''}{trained}.{subject}"
+    return f"{kind}, trained for {step} steps at {config.image_size} px.{subject}"
 
 
 def _licence_line(licence: str | None, base: str | None) -> str:
@@ -105,38 +102,13 @@ def _grids(work_dir: Path) -> list[Path]:
     return sorted((work_dir / "validation").glob("step_*.png"))
 
 
-def _usage(config: TrainConfig) -> str:
-    base = config.load_from or config.pipeline_load_from or "BASE"
-    prompt = (config.validation.prompts or config.data.prompt or ("a prompt",))[0]
-    if config.lora is not None:
-        code = f"""from diffusion.inference import PixArtPipeline
-
-pipe = PixArtPipeline.from_pretrained({base!r})
-pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")
-pipe({prompt!r}, seed=0).images[0].save("picture.png")
-
-# or with stock diffusers and peft
-from diffusers import PixArtAlphaPipeline
-from peft import PeftModel
-
-pipe = PixArtAlphaPipeline.from_pretrained({base!r})
-pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "THIS_FOLDER_OR_REPOSITORY")"""
-        return f"```python\n{code}\n```\n\nComfyUI loads `comfyui_lora.safetensors`."
-    parts = config.pipeline_load_from or "PIPELINE"
-    code = f"""from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
-
-transformer = PixArtTransformer2DModel.from_pretrained("THIS_REPOSITORY", subfolder="transformer")
-pipe = PixArtAlphaPipeline.from_pretrained({parts!r}, transformer=transformer)
-pipe({prompt!r}).images[0].save("picture.png")"""
-    return f"```python\n{code}\n```"
-
-
 def _settings(config: TrainConfig, step: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "steps": step,
         "batch": f"{config.train_batch_size} a process, {config.gradient_accumulation_steps} accumulated",
         "optimiser": f"{config.optimizer.type}, lr {config.optimizer.lr:g}, {config.lr_schedule}, "
         f"{config.lr_schedule_args.num_warmup_steps} steps of warm-up, weight decay {config.optimizer.weight_decay:g}",
+        "predicts": config.process.prediction_type,
         "precision": config.mixed_precision,
         "size": f"{config.image_size} px",
         "captions dropped": config.class_dropout_prob,

@@ -24,15 +24,13 @@ from diffusion.inference.solvers import make_one_step_scheduler
 from diffusion.models.lpips import LPIPS
 from diffusion.objectives import DistributionMatching, OneStepNetworks, pair_noise
 from diffusion.training.building import denoising_objective
-from diffusion.training.family import OnABase
+from diffusion.training.family import FAKE_SCORE, OnABase
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.validation import PromptGrid
 
 if TYPE_CHECKING:
     from diffusion.objectives import Objective
-    from diffusion.training.state import RunState
 
-FAKE_SCORE = "fake_score"
 PAIRS = "pairs"  # entry of the fingerprint of a store of pairs
 
 
@@ -46,6 +44,11 @@ class DMD(OnABase):
     base_name = "teacher"
 
     def objective(self, config: TrainConfig, dataset: Any) -> DistributionMatching:
+        if config.process.prediction_type == "flow":
+            raise ConfigError(
+                "process.prediction_type='flow' is not offered by DMD, whose generator sees noise at a timestep of the "
+                "Gaussian process; distil a flow model with train_pixart_lcm.py"
+            )
         stores = getattr(dataset, "feature_stores", [])
         if config.regression_weight > 0 and not (stores and PAIRS in stores[0].fingerprint):
             raise ConfigError(
@@ -63,7 +66,7 @@ class DMD(OnABase):
         )
 
     def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> OneStepNetworks:
-        self.teacher = self.build_base(config, start)
+        self.teacher = self.build_teacher(config, start)
         return OneStepNetworks(*(copy.deepcopy(self.teacher).requires_grad_() for _ in range(2)))
 
     def build_average(self, network: Any, config: TrainConfig) -> WeightAverage | None:
@@ -72,9 +75,9 @@ class DMD(OnABase):
         keys = [key for key in network.state_dict() if key.startswith("generator.")]
         return WeightAverage(network, config.ema_rate, keys=keys)
 
-    def connect(self, objective: Objective, state: RunState, config: TrainConfig) -> None:
+    def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, DistributionMatching)
-        device = state.network.device
+        device = network.device
         objective.teacher = self.teacher.to(device).eval()
         if config.lpips_weights is not None:
             objective.distance = lpips_distance(config, device)
@@ -104,7 +107,7 @@ class OneStepGrid(PromptGrid):
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.pipeline.scheduler = make_one_step_scheduler(config.one_step_timestep)
+        self.pipeline.scheduler = make_one_step_scheduler(config.one_step_timestep, config.process.prediction_type)
 
     def pictures(self, network: Any, **arguments: Any) -> Any:
         return super().pictures(network.generator, **{"num_inference_steps": 1, "guidance_scale": 1.0, **arguments})

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.adapters import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from diffusion.checkpoints.branch import BRANCH_FOLDER
 from diffusion.checkpoints.hub import CLIENT_LIBRARIES, endpoint
 from diffusion.checkpoints.training_state import latest_checkpoint
 from diffusion.errors import CheckpointError, ConfigError, PixArtError
 from diffusion.training.model_card import CARD
 from diffusion.training.run_log import LOGGER
 
-_OF_A_RUN = (CARD, "config.json", PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, COMFYUI_WEIGHTS, "validation/*.png")
+_ADAPTER = (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, COMFYUI_WEIGHTS)
+_OF_A_RUN = (CARD, "config.json", *_ADAPTER, "validation/*.png")
 
 
 def require_account(token: str | None = None) -> str:
@@ -48,7 +50,7 @@ def publish_if_asked(args: argparse.Namespace, work_dir: Path, *, is_main: bool)
 def publish(work_dir: Path, repo: str, *, token: str | None = None) -> str:
     """Upload a finished run; returns the address of the repository.
 
-    The card, the config, the adapter files or the last checkpoint's transformer, and the validation pictures.
+    The card, the config, the validation pictures, and the adapter files or what the last checkpoint holds.
 
     Args:
         repo: `owner/name`, or a name in the account of the token; it is made if it does not exist.
@@ -58,7 +60,8 @@ def publish(work_dir: Path, repo: str, *, token: str | None = None) -> str:
     from huggingface_hub import CommitOperationAdd
 
     files = {path.relative_to(work_dir).as_posix(): path for pattern in _OF_A_RUN for path in work_dir.glob(pattern)}
-    files |= _transformer(work_dir, adapter=PEFT_WEIGHTS in files)
+    if PEFT_WEIGHTS not in files:
+        files |= _weights(work_dir)
     api = _client(token)
     with _explained(f"{repo} could not be uploaded", f"the run itself is whole in {work_dir}", CheckpointError):
         url = api.create_repo(repo, exist_ok=True)
@@ -68,18 +71,21 @@ def publish(work_dir: Path, repo: str, *, token: str | None = None) -> str:
     return str(url)
 
 
-def _transformer(work_dir: Path, *, adapter: bool) -> dict[str, Path]:
-    if adapter:
-        return {}
+def _weights(work_dir: Path) -> dict[str, Path]:
+    """Of the last checkpoint: the transformer (LCM's with its scheduler), a ControlNet's branch, LCM-LoRA's adapter."""
     checkpoint = latest_checkpoint(work_dir / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{work_dir} holds no checkpoint and no adapter to upload; train first")
-    found = next(
-        (checkpoint / name for name in ("transformer_ema", "transformer") if (checkpoint / name).is_dir()), None
-    )
-    if found is None:
-        raise CheckpointError(f"{checkpoint} holds no transformer to upload")
-    return {f"transformer/{path.name}": path for path in found.iterdir() if path.is_file()}
+    found = {name: checkpoint / name for name in _ADAPTER if (checkpoint / name).is_file()}
+    names = (name for kind in ("transformer", BRANCH_FOLDER) for name in (f"{kind}_ema", kind))
+    folder = next((name for name in names if (checkpoint / name).is_dir()), None)
+    for name in (folder, "scheduler"):
+        if name is not None and (checkpoint / name).is_dir():
+            files = (path for path in (checkpoint / name).iterdir() if path.is_file())
+            found |= {f"{name.removesuffix('_ema')}/{path.name}": path for path in files}
+    if not found:
+        raise CheckpointError(f"{checkpoint} holds nothing to upload: no transformer, ControlNet or adapter")
+    return found
 
 
 @contextlib.contextmanager

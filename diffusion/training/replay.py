@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,26 @@ from diffusion.checkpoints.training_state import require_free_space
 from diffusion.config import TrainConfig, config_from_json
 from diffusion.data import AspectRatioBatchSampler, SampleKey, collate
 from diffusion.errors import CheckpointError, StorageError
-from diffusion.objectives import Objective
-from diffusion.process import keyed_timesteps
 from diffusion.ranks import Ranks
-from diffusion.training.adapter_family import family_of
 from diffusion.training.building import build_training_data
+from diffusion.training.families import family_named
 from diffusion.training.family import Family
-from diffusion.training.optimization import global_norm
+from diffusion.training.optimization import WeightAverage, global_norm
 from diffusion.training.parallel import AUTOCAST
 from diffusion.training.run_log import LOGGER
 from diffusion.training.sharding import gather, is_sharded
 from diffusion.training.verdict import StepFacts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not name the family
 _WITH_WEIGHTS = 1  # steps of a run whose weights are kept; the samples of all skipped steps are
 
 
 @dataclass
 class StepRecorder:
-    """Writes WORK/replay/step-N/replay.json, and the weights before the step for the first skipped step of a run."""
+    """Writes WORK/replay/step-N/replay.json, and the weights before the step for the first skipped step of a run.
+
+    average: of the weights, if the step reads it.
+    """
 
     config: TrainConfig
     ranks: Ranks
@@ -42,6 +42,7 @@ class StepRecorder:
     network: Any
     folder: Path
     family: Family
+    average: WeightAverage | None = None
     recorded: int = 0
 
     def record(self, step: int, facts: StepFacts) -> Path:
@@ -49,17 +50,19 @@ class StepRecorder:
         path = self.folder / f"step-{step:07d}" / "replay.json"
         keeps_weights = self.recorded < _WITH_WEIGHTS
         self.recorded += 1
-        tensors = None
+        weights = {}
         if keeps_weights and (self.ranks.is_main or is_sharded(self.network)):
-            tensors = gather(self.family.saved(self.network), keep=self.ranks.is_main)
+            weights[False] = gather(self.family.saved(self.network), keep=self.ranks.is_main)
+            if self.average is not None:
+                weights[True] = gather(self.average.tensors, keep=self.ranks.is_main)
         if self.ranks.is_main:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if tensors is not None:
-                    require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-                    stored = self.config.null_caption == "stored"
-                    self.family.write(tensors, self.network, path.parent, ema=False, stored_null_caption=stored)
-                path.write_text(json.dumps(self._content(step, facts, tensors is not None), indent=1) + "\n")
+                require_free_space(path.parent, sum(t.nbytes for tensors in weights.values() for t in tensors.values()))
+                stored = self.config.null_caption == "stored"
+                for ema, tensors in weights.items():
+                    self.family.write(tensors, self.network, path.parent, ema=ema, stored_null_caption=stored)
+                path.write_text(json.dumps(self._content(step, facts, bool(weights)), indent=1) + "\n")
             except (OSError, StorageError) as error:
                 LOGGER.error("skipped step %d was not recorded: %s", step, error)
         return path
@@ -82,29 +85,29 @@ class StepRecorder:
             "loss": repr(facts.loss),
             "grad_norm": repr(facts.grad_norm),
             "has_weights": has_weights,
+            "family": type(self.family).__name__,
+            "family_facts": self.family.facts(),
             "parts": parts,
             "config": self.config.model_dump(mode="json"),
         }
 
 
-def replay_step(path: str | Path, make_objective: Callable[[TrainConfig, Any], Objective]) -> None:
-    """Run a recorded step again in this process, part by part, and print what is finite and what is not.
+def replay_step(path: str | Path) -> None:
+    """Run a recorded step of any family again in this process, part by part, and print what is finite and what is not.
 
     Args:
         path: replay.json of a skipped step.
     Raises:
-        CheckpointError: it cannot be read, or was recorded without weights.
+        CheckpointError: it cannot be read, was recorded without weights, or its teacher or base is another one now.
         DataError: the features have gone.
     """
     path, device = Path(path), Ranks().device
     content = _read(path)
     config = config_from_json(json.dumps(content["config"]), str(path))
     dataset = build_training_data(config)
-    objective: Any = make_objective(config, dataset)
-    family = family_of(config)
-    network = family.build_network(config, None, resuming=True)
-    family.restore(network, path.parent, ema=False)
-    network = network.to(device).train()
+    family = family_named(content.get("family"), config)
+    objective: Any = family.objective(config, dataset)
+    network = _rebuilt(family, objective, config, content, path, device)
     print(f"step {content['step']} was skipped with loss {content['loss']}, gradient norm {content['grad_norm']}")
     losses, dtype = [], AUTOCAST[config.mixed_precision]
     for part in content["parts"]:
@@ -116,9 +119,7 @@ def replay_step(path: str | Path, make_objective: Callable[[TrainConfig, Any], O
             (output.loss / len(content["parts"])).backward()
         losses.append(output.loss.item())
         print(f"  rank {part['rank']}, micro-batch {part['micro_batch']}: loss {losses[-1]:.6g}")
-        timesteps = keyed_timesteps(
-            config.seed, batch.sample_numbers, objective.process.num_timesteps, objective.logit_normal
-        )
+        timesteps = objective.draw_timesteps(config.seed, batch.sample_numbers)
         for line in _bad_samples(samples, output.metrics, timesteps, batch):
             print(f"    {line}")
     norm = global_norm(network.parameters()).item()
@@ -134,6 +135,27 @@ def replay_step(path: str | Path, make_objective: Callable[[TrainConfig, Any], O
         print("the step is finite here: the samples and the weights are not the cause; suspect a device or the network")
     else:
         print("reproduced: the cause is in the samples or the weights of this step")
+
+
+def _rebuilt(
+    family: Family, objective: Any, config: TrainConfig, content: dict[str, Any], path: Path, device: torch.device
+) -> Any:
+    """The network as it was before the step, on the device, and the objective connected to what it needs beside it."""
+    network = family.build_network(config, config.load_from, resuming=True)
+    for name, value in content.get("family_facts", {}).items():
+        if family.facts().get(name) != value:
+            raise CheckpointError(
+                f"{path}: the {name.replace('_', ' ')} was {value}, that of {config.load_from} is "
+                f"{family.facts().get(name)}; put back the weights that the run was started with"
+            )
+    network = network.to(device)
+    average = None
+    if family.steps_read_average:
+        family.restore(network, path.parent, ema=True)
+        average = family.build_average(network, config)
+    family.restore(network, path.parent, ema=False)
+    family.connect(objective, network, average, config)
+    return network.train()
 
 
 def _read(path: Path) -> dict[str, Any]:

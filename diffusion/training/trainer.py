@@ -92,16 +92,15 @@ class Trainer:
         start, resuming = load_from or config.load_from, self.resumed_from is not None
         network = place(self.family.build_network(config, start, resuming=resuming), config, self.ranks)
         self.state = self._build_state(network)
-        self.family.connect(self.objective, self.state, config)
+        self.family.connect(self.objective, network, self.state.average, config)
         self.window = Window(self.ranks.device)
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
         self.model = wrap(network, config, self.ranks)
         self.faults, self.stragglers = Faults(self.ranks.rank), Stragglers(self.ranks)
         self.watchdog = Watchdog(self.ranks, config.health.hang_timeout_s, self.work_dir / "stacks")
-        recorder = StepRecorder(
-            config, self.ranks, self.sampler, self.dataset, network, self.work_dir / "replay", self.family
-        )
+        average, folder = self.state.average if self.family.steps_read_average else None, self.work_dir / "replay"
+        recorder = StepRecorder(config, self.ranks, self.sampler, self.dataset, network, folder, self.family, average)
         self.state.observe = Health(config, recorder, is_scaled=self.state.scaler.is_enabled()).observe
         self.total_steps = self._total_steps()
 
@@ -266,6 +265,8 @@ class Trainer:
     def _train_step(self, micro_batches: Iterator[Any], window: Window) -> Verdict:
         """One optimiser step over a global batch, or none where that is not finite on some process."""
         state, step = self.state, self.state.step + 1
+        if self.family.steps_read_average:
+            state.settle()
         state.optimizer.zero_grad(set_to_none=True)
         with explained_out_of_memory(self.config, self.ranks):
             loss = self._accumulate(micro_batches, window, step)

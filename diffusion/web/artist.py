@@ -20,7 +20,7 @@ from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
 from diffusion.inference.recipe import save_png
 from diffusion.inference.sizes import parse_directives
-from diffusion.inference.solvers import make_scheduler
+from diffusion.inference.solvers import make_scheduler, scheduler_predicts
 from diffusion.inference.styles import apply_style
 from diffusion.web.asking import Asked
 from diffusion.web.jobs import Job, Progress, Stopped
@@ -57,7 +57,8 @@ class Artist:
             PixArtError: the request or the model refuses. Stopped: the job was cancelled.
         """
         asked, pipeline = job.asked, self.pipeline
-        pipeline.scheduler = make_scheduler(asked.solver, base_config=pipeline.scheduler.config)
+        kind = scheduler_predicts(pipeline.scheduler)
+        pipeline.scheduler = make_scheduler(asked.solver, base_config=pipeline.scheduler.config, prediction_type=kind)
         text, settings = self._settings(asked)
         seeds = [(asked.seed + number) % (MAX_SEED + 1) for number in range(asked.pictures)]
         recipes = pipeline.recipes([text] * len(seeds), seed=seeds, **settings)

@@ -187,6 +187,36 @@ def test_several_adapters_add_up() -> None:
     torch.testing.assert_close(fused, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+def test_the_lean_way_is_pefts(dtype: torch.dtype) -> None:
+    """Output and gradients of layers, at a scale, against peft's own class."""
+    lean = trained(network(), 3)
+    set_scales(lean, {"default": 0.7})
+    for parameter in adapter_parameters(lean).values():
+        parameter.requires_grad_()
+    pefts = copy.deepcopy(lean)
+    layers = [module for module in pefts.modules() if type(module).__name__ == "LeanLinear"]
+    linears = [
+        module for module in pefts.modules() if hasattr(module, "lora_A") and "Conv2d" not in type(module).__name__
+    ]
+    assert len(layers) == len(linears) > 20
+    for module in layers:
+        module.__class__ = type(module).__mro__[1]
+    inputs = {"img_hw": torch.tensor([[64.0, 64.0]]), "aspect_ratio": torch.ones(1)}
+    arguments = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), torch.randn(1, 5, 32)
+    found = []
+    for model in (lean, pefts):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            output = model(*arguments, **inputs)
+        output.float().square().mean().backward()
+        found.append((output, {name: p.grad for name, p in adapter_parameters(model).items()}))
+    tight = {"rtol": 1e-4, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(found[0][0], found[1][0], **tight)
+    for name, gradient in found[0][1].items():
+        close = gradient.norm() * (1e-4 if dtype is torch.float32 else 0.05)
+        assert (gradient - found[1][1][name]).norm() <= close, name
+
+
 def test_an_int8_base_stays_close_and_trains() -> None:
     base = network()
     made = copy.deepcopy(base)

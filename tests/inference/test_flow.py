@@ -9,7 +9,14 @@ from torch import Tensor
 
 from diffusion.errors import PromptError
 from diffusion.inference.denoising import denoise, noised
-from diffusion.inference.solvers import FLOW_ALGORITHMS, fitting_scheduler, make_scheduler, predicts, solver_name
+from diffusion.inference.solvers import (
+    FLOW_ALGORITHMS,
+    fitting_scheduler,
+    make_scheduler,
+    predicts,
+    scheduler_predicts,
+    solver_name,
+)
 from diffusion.process import IDDPM
 
 MEAN, STD = 0.7, 0.3
@@ -37,7 +44,7 @@ def test_flow_solvers_reach_the_data(algorithm: str, shift: float) -> None:
     assert solver_name(scheduler) == algorithm
 
 
-@pytest.mark.parametrize("algorithm", ["dpm-solver", "ddim", "deis", "sa-solver"])
+@pytest.mark.parametrize("algorithm", ["dpm-solver", "ddim", "deis", "sa-solver", "iddpm"])
 def test_velocity_solvers_reach_the_data(algorithm: str) -> None:
     abar = IDDPM().alphas_cumprod
 
@@ -62,7 +69,11 @@ def test_a_scheduler_is_set_up_for_what_the_network_predicts() -> None:
     assert fitting_scheduler(plain, "v_prediction").config.prediction_type == "v_prediction"
     euler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     assert fitting_scheduler(euler, "flow") is euler
-    with pytest.raises(PromptError, match="predicts noise, the scheduler is for flow"):
+    assert scheduler_predicts(fitting_scheduler(flow, "epsilon")) == "epsilon"
+    assert scheduler_predicts(fitting_scheduler(make_scheduler("ddim", prediction_type="v_prediction"), "epsilon")) == (
+        "epsilon"
+    )
+    with pytest.raises(PromptError, match="solver flow-euler samples flow models; this one predicts epsilon"):
         fitting_scheduler(euler, "epsilon")
     with pytest.raises(
         PromptError, match="solver iddpm cannot sample a flow model; choose one of dpm-solver, flow-euler"

@@ -59,5 +59,5 @@ def test_one_step_cannot_hold_both_ends() -> None:
 
 
 def test_other_predictions_are_refused() -> None:
-    with pytest.raises(PromptError, match="needs prediction_type 'epsilon', not 'v_prediction'"):
-        IDDPMScheduler(prediction_type="v_prediction")
+    with pytest.raises(PromptError, match="needs prediction_type 'epsilon' or 'v_prediction', not 'sample'"):
+        IDDPMScheduler(prediction_type="sample")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion.models import PixArt
-from diffusion.objectives import DenoisingObjective, drop_captions, noise_mse, variance_bound
+from diffusion.objectives import DenoisingObjective, drop_captions, prediction_mse, variance_bound
 from diffusion.process import IDDPM, LogitNormal, keyed_normal, keyed_timesteps
 
 
@@ -83,12 +83,12 @@ def test_bound_teaches_the_variance_alone() -> None:
 def test_min_snr_weights() -> None:
     pred, noise = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
     snr = torch.tensor([0.0, 5.0, 50.0])
-    torch.testing.assert_close(noise_mse(pred, noise, snr, 5.0), torch.tensor([1.0, 1.0, 0.1]))
-    torch.testing.assert_close(noise_mse(pred, noise, snr), torch.ones(3))
+    torch.testing.assert_close(prediction_mse(pred, noise, snr, 5.0), torch.tensor([1.0, 1.0, 0.1]))
+    torch.testing.assert_close(prediction_mse(pred, noise, snr), torch.ones(3))
     with pytest.raises(ValueError, match="one shape"):
-        noise_mse(torch.zeros(3, 2, 2, 2), noise, snr)
+        prediction_mse(torch.zeros(3, 2, 2, 2), noise, snr)
     with pytest.raises(ValueError, match="positive"):
-        noise_mse(pred, noise, snr, -1.0)
+        prediction_mse(pred, noise, snr, -1.0)
 
 
 def test_loss_does_not_depend_on_how_a_batch_is_split() -> None:

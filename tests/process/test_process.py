@@ -61,7 +61,7 @@ def test_conversions_invert_each_other() -> None:
     torch.testing.assert_close(process.predict_x0(noisy, t, noise), x0)
     torch.testing.assert_close(process.predict_eps(noisy, t, x0), noise)
     alpha_bar = process.alphas_cumprod[t].view(-1, 1, 1, 1)
-    velocity = process.velocity(x0, t, noise)
+    velocity = process.target(x0, t, noise, "v_prediction")
     torch.testing.assert_close(alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * velocity, x0)
 
 

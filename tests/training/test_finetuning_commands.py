@@ -1,4 +1,5 @@
-"""The fine-tuning commands of README and docs/finetuning.md as they stand; a tiny pipeline stands in for the models."""
+"""The fine-tuning commands of README and docs as they stand: the bundled model stands in for those of the hub, and a
+tiny pipeline for the bundled model."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import pytest
 from diffusion.adapters import read_adapter
 from tests.training.tiny_run import ROOT
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/finetuning.md", "docs/dreambooth.md")
+TEXT = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 DOORS = ("train_pixart_lora_hf.py", "train_dreambooth.py", "train_diffusers.py", "--lora ")
 # What is appended to a command with this word in it: sizes that a CPU does in seconds.
 APPENDED = {
@@ -26,7 +28,8 @@ APPENDED = {
     "train_diffusers.py": "--cfg-options max_steps=2 image_size=32 data.root=STORE validation.num_inference_steps=2",
     "--lora ": "--step 2 --device cpu",
 }
-HUB = {"PixArt-alpha/PixArt-XL-2-1024-MS": "PIPE", "lambdalabs/naruto-blip-captions": "data/mine"}
+BUNDLED = "output/pretrained_models/emoji-256"
+HUB = {"PixArt-alpha/PixArt-XL-2-1024-MS": str(ROOT / BUNDLED), "lambdalabs/naruto-blip-captions": "data/mine"}
 
 
 def commands() -> list[str]:
@@ -37,9 +40,9 @@ def commands() -> list[str]:
 
 
 def adjusted(command: str, parts: Path) -> str:
+    command = command.replace(BUNDLED, "PIPE")
     for name, stand_in in HUB.items():
         command = command.replace(name, stand_in)
-    command = command.replace("output/pretrained_models/emoji-256", "PIPE")
     word = next(door for door in DOORS if door in command)
     if "--lora " in command:
         command += " --model_path PIPE --pipeline_load_from PIPE"

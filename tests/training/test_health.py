@@ -16,7 +16,7 @@ from diffusion.data import SampleKey
 from diffusion.data.store_dataset import StoreDataset
 from diffusion.errors import CheckpointError, ConfigError, DeviceMemoryError, NumericalError
 from diffusion.ranks import Ranks
-from diffusion.training import denoising_objective, replay_step
+from diffusion.training import replay_step
 from diffusion.training.equality import checksum, first_difference
 from diffusion.training.faults import Faults, parse_faults
 from diffusion.training.health import SpikeMonitor, memory_switches, slow_ranks
@@ -42,14 +42,14 @@ def test_features_with_nan_are_skipped_recorded_and_reproduced(
     assert (trainer.state.step, trainer.state.skipped_steps, trainer.state.updates) == (5, 2, 3)
     replay = tmp_path / "run/replay/step-0000003/replay.json"
     bad = json.loads(replay.read_text())["parts"][0]["samples"][1]
-    replay_step(replay, denoising_objective)
+    replay_step(replay)
     said = capsys.readouterr().out
     assert f"{bad['key']} (number 9, t " in said
     assert "latents_mean holds NaN or infinity" in said
     assert said.count("(number") == 1
     assert "reproduced" in said
     with pytest.raises(CheckpointError, match="step-0000003/replay.json"):  # weights of the first skipped step alone
-        replay_step(tmp_path / "run/replay/step-0000004/replay.json", denoising_objective)
+        replay_step(tmp_path / "run/replay/step-0000004/replay.json")
 
 
 def test_one_percent_of_skipped_steps_ends_the_run_and_keeps_the_last_save(

@@ -20,7 +20,7 @@ from diffusion.features.alignment import AlignmentFeatures, extract_alignment
 from diffusion.images.picture_encoder import load_picture_encoder
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.models.routing import TokenRoute, kept_tokens
-from diffusion.objectives import noise_mse, sample_posterior, variance_bound
+from diffusion.objectives import prediction_mse, sample_posterior, variance_bound
 from diffusion.objectives.levers import watch_blocks
 from diffusion.process import keyed_normal, keyed_timesteps, keyed_uniform
 from diffusion.training import build_network, denoising_objective
@@ -79,7 +79,7 @@ def test_without_levers_the_loss_is_what_it_was(config_file: Path) -> None:
     embeds, mask = objective.drop_captions(network, batch, drop)
     noisy = objective.process.q_sample(latents, times, noise)
     output = network(noisy, times.float(), embeds, mask)
-    mse = noise_mse(output[:, :4], noise, objective.process.snr(times))
+    mse = prediction_mse(output[:, :4], noise, objective.process.snr(times))
     bound = variance_bound(objective.process, output[:, :4], output[:, 4:], latents, noisy, times)
     assert torch.equal(found, (mse + bound).mean())
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from diffusion.adapters import PEFT_WEIGHTS
 from diffusion.config import load_config
 from diffusion.errors import CheckpointError, ConfigError
-from diffusion.training import denoising_objective, replay_step
+from diffusion.training import replay_step
 from tests.training.tiny_run import curve, run, run_program, weights
 
 OPTIONS = ["lora.rank=2", "hidden_size=32", "num_heads=2", "depth=1", "max_steps=4", "save_model_steps=2"]
@@ -60,7 +60,7 @@ def test_a_skipped_step_of_an_adapter_is_recorded_and_replayed(
     run(adapter_config(config_file, parts), tmp_path / "run")
     replay = tmp_path / "run/replay/step-0000002/replay.json"
     assert (replay.parent / PEFT_WEIGHTS).is_file()
-    replay_step(replay, denoising_objective)
+    replay_step(replay)
     assert "the step is finite here" in capsys.readouterr().out
 
 

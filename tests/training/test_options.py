@@ -19,10 +19,11 @@ from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.process import LogitNormal
 from diffusion.ranks import Ranks
 from diffusion.training import build_network, denoising_objective
-from diffusion.training.building import build_training_data
+from diffusion.training.building import build_training_data, model_options
 from diffusion.training.optimization import build_optimizer
+from diffusion.training.starting import new_network
 from diffusion.training.validation import ValidationLoss
-from tests.training.tiny_run import curve, run, weights
+from tests.training.tiny_run import ROOT, curve, run, weights
 
 
 def test_a_network_without_variance_trains_and_samples(config_file: Path, parts: Path, tmp_path: Path) -> None:
@@ -175,3 +176,21 @@ def test_the_first_batch_is_shown_as_it_is_trained_on(config_file: Path, parts: 
     captions = [dataset.caption_of(SampleKey(index, number)) for number, index in enumerate(first)]
     assert all(caption in dataset.store.row(dataset.rows[i]).captions for caption, i in zip(captions, first))
     assert np.array_equal(np.asarray(sheet), np.asarray(labelled_grid(pictures, captions, columns=4)))
+
+
+def test_one_line_makes_the_bundled_model_predict_velocity(tmp_path: Path) -> None:
+    """Every config that trains or tunes the bundled model follows it; the miniature recipe has a DiT, of noise."""
+    shutil.copytree(ROOT / "configs/emoji", tmp_path / "emoji")
+    base = tmp_path / "emoji/emoji_base.py"
+    line = 'prediction_type="epsilon",'
+    assert base.read_text().count(line) == 1
+    base.write_text(base.read_text().replace(line, 'prediction_type="v_prediction",'))
+    for path in sorted((tmp_path / "emoji").rglob("*.py")):
+        config = load_config(path, notify=lambda line: None)
+        expected = "epsilon" if path.parent.name == "recipe" else "v_prediction"
+        assert config.process.prediction_type == expected, path.name
+        assert config.process.min_snr_gamma == 5.0
+        if not config.model.startswith("DiT_"):
+            with torch.device("meta"):
+                network = new_network(config.model, model_options(config))
+            assert (network.config.prediction_type, network.config.pred_sigma) == (expected, True)

@@ -13,7 +13,7 @@ import torch
 
 from diffusion.config import load_config
 from diffusion.data import AspectRatioBatchSampler
-from diffusion.training import denoising_objective, replay_step
+from diffusion.training import replay_step
 from tests.training.parallel_worker import SGD, SMALL
 from tests.training.test_trainer import free_port
 from tests.training.tiny_run import ROOT, curve, run, weights, write_config
@@ -164,7 +164,7 @@ def test_a_skipped_step_says_which_rank_and_replays(
     run(load_config(config_file, [*SMALL, "max_steps=3"]), tmp_path / "sound")
     path = two[0] / "loss/replay/step-0000003/replay.json"
     assert [part["rank"] for part in json.loads(path.read_text())["parts"]] == [0, 1, 0, 1]
-    replay_step(path, denoising_objective)
+    replay_step(path)
     said = capsys.readouterr().out
     loss = float(said.split("together: loss ")[1].split(",")[0])
     assert loss == pytest.approx(curve(tmp_path / "sound")[3], rel=1e-5)
