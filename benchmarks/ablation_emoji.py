@@ -36,6 +36,8 @@ from diffusion.errors import run_cli
 
 CONFIG = "configs/emoji/emoji_256.py"
 PARTS = "output/pretrained_models/emoji-256"
+# Min-SNR would weigh velocities at high noise as little as noise predictions: what picture is asked for is decided there.
+VELOCITY = ["process.prediction_type=v_prediction", "process.min_snr_gamma=None"]
 FLOW = ["process.prediction_type=flow", "pred_sigma=False", "process.min_snr_gamma=None"]
 REPA = ["repa.features='output/features/emoji-alignment'", "repa.block=4", "repa.head_width=512"]
 ARMS: dict[str, list[str]] = {
@@ -55,8 +57,13 @@ ARMS: dict[str, list[str]] = {
     "batch 512": ["train_batch_size=512", "optimizer.lr=1.2e-3"],
     "Muon": ["optimizer.type=Muon", "optimizer.lr=3e-3"],
     "Muon, batch 256": ["optimizer.type=Muon", "optimizer.lr=1.5e-3", "train_batch_size=256"],
-    "velocity": ["process.prediction_type=v_prediction"],
-    "velocity, no variance": ["process.prediction_type=v_prediction", "pred_sigma=False"],
+    "velocity, min-SNR": ["process.prediction_type=v_prediction"],
+    "velocity": [*VELOCITY],
+    "velocity, no variance": [*VELOCITY, "pred_sigma=False"],
+    "velocity, logit-normal": [*VELOCITY, "process.timestep_sampling=logit_normal"],
+    "velocity, batch 512": [*VELOCITY, "train_batch_size=512", "optimizer.lr=1.2e-3"],
+    "velocity, Muon": [*VELOCITY, "optimizer.type=Muon", "optimizer.lr=3e-3"],
+    "velocity, Muon, batch 512": [*VELOCITY, "optimizer.type=Muon", "optimizer.lr=2e-3", "train_batch_size=512"],
     "flow": [*FLOW],
     "flow, logit-normal": [*FLOW, "process.timestep_sampling=logit_normal"],
     "TREAD": ["tread.first_block=2", "tread.last_block=7"],
