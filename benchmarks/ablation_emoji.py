@@ -36,7 +36,7 @@ from diffusion.errors import run_cli
 
 CONFIG = "configs/emoji/emoji_256.py"
 PARTS = "output/pretrained_models/emoji-256"
-# Min-SNR would weigh velocities at high noise as little as noise predictions: what picture is asked for is decided there.
+# Min-SNR would weigh velocities at high noise as little as noise predictions, where it is decided what picture it is.
 VELOCITY = ["process.prediction_type=v_prediction", "process.min_snr_gamma=None"]
 FLOW = ["process.prediction_type=flow", "pred_sigma=False", "process.min_snr_gamma=None"]
 REPA = ["repa.features='output/features/emoji-alignment'", "repa.block=4", "repa.head_width=512"]
