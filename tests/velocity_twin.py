@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 from diffusion.models import PixArt
+from diffusion.models.pixart import TimeSignal
 from diffusion.process import IDDPM
 
 
 class VelocityTwin(PixArt):
     """v = (eps - sigma x_t) / alpha, from the noise that the weights say; variance channels stay."""
 
-    def forward(self, latents: Tensor, timesteps: Tensor, *captions: Any, **inputs: Any) -> Tensor:
-        output = super().forward(latents, timesteps, *captions, **inputs)
+    _asked: Tensor  # the timesteps of the coming prediction
+
+    def embed_time(self, timesteps: Tensor, **sizes: Any) -> TimeSignal:
+        self._asked = timesteps
+        return super().embed_time(timesteps, **sizes)
+
+    def predict(self, latents: Tensor, *signals: Any, **options: Any) -> Tensor:
+        output = super().predict(latents, *signals, **options)
         channels = latents.shape[1]
-        alpha_bar = IDDPM().alphas_cumprod.to(latents.device)[timesteps.long()].view(-1, 1, 1, 1)
+        alpha_bar = IDDPM().alphas_cumprod.to(latents.device)[self._asked.long()].view(-1, 1, 1, 1)
         eps = output[:, :channels].double()
         velocity = (eps - (1 - alpha_bar).sqrt() * latents) / alpha_bar.sqrt()
         return torch.cat([velocity.to(output.dtype), output[:, channels:]], dim=1)

@@ -67,8 +67,8 @@ class SelfAttention(nn.Module):
         kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
         if self.sr_ratio == 1 and isinstance(self.q_norm, nn.Identity) and not self.fp32:
             heads = to_heads(self.qkv, tokens, channels, kernels.head_width)  # (B, N, 3 * H, c)
-            attended = self._attend(*heads.chunk(3, dim=2), channels)
-            return from_heads(self.proj, attended, channels)
+            q, k, v = heads.chunk(3, dim=2)
+            return from_heads(self.proj, self._attend(q, k, v, channels), channels)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.sr_ratio > 1:

@@ -124,7 +124,7 @@ def test_a_step_is_that_of_the_formulas(micro_condition: bool, tmp_path: Path) -
         **(sizes if micro_condition else {}),
     )
     expected = pipe.scheduler.step(guide(output, 4, 4.5, keep_variance=False), timestep, noise).prev_sample
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-3)  # products by oneDNN and by MKL
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: PixArtPipeline) -> None:
