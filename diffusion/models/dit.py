@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from diffusion.models.attention import SelfAttention
 from diffusion.models.embeddings import ApproxGelu, PatchEmbedder, ScalarEmbedder
 from diffusion.models.initialization import initialize_linear, zero_
 from diffusion.models.latent_transformer import LatentTransformer
+from diffusion.models.layers import Mlp
 from diffusion.models.pixart import modulate
 
 

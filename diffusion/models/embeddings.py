@@ -6,8 +6,9 @@ import math
 
 import torch
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
+
+from diffusion.models.layers import Mlp
 
 
 class ApproxGelu(nn.GELU):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
@@ -24,6 +23,7 @@ from diffusion.models.embeddings import (
 )
 from diffusion.models.initialization import initialize_weights
 from diffusion.models.latent_transformer import LatentTransformer
+from diffusion.models.layers import DropPath, Mlp
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
