@@ -5,6 +5,10 @@ DEMO := output/demo
 FEATURES := output/features/emoji-demo
 TRAINED := $(DEMO)/checkpoints/checkpoint-30
 SHELL := /bin/bash
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -q
+# Tests of a file share what they have built, so that a file stays with its worker.
+BESIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo app test test-slow browser lint docs bench texts clean
@@ -38,8 +42,8 @@ $(VENV)/.installed-app: $(VENV)/.installed
 	$(PY) -m pip install --quiet -e '.[app]'
 	touch $@
 
-test: $(VENV)/.installed-dev  ## all quick tests
-	$(PY) -m pytest -q -m "not slow"
+test: $(VENV)/.installed-dev  ## all quick tests, on two cores (WORKERS=8: on eight)
+	$(PYTEST) $(BESIDE) -m "not slow"
 
 browser: $(VENV)/.installed-dev  ## a Chromium for the tests of the page, where there is none
 	@$(PY) -m tests.web.browser || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
@@ -47,7 +51,7 @@ browser: $(VENV)/.installed-dev  ## a Chromium for the tests of the page, where 
 		|| echo "no Chromium could be had: the tests of the page in a browser will be skipped"
 
 test-slow: $(VENV)/.installed-dev browser  ## tests that take longer
-	$(PY) -m pytest -q -m slow
+	$(PYTEST) -m "slow and alone"; alone=$$?; $(PYTEST) $(BESIDE) -m "slow and not alone" && exit $$alone
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 _SLICES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))  # layers of VGG-16 up to each compared ReLU
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -15,6 +14,8 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 class _Slices(nn.Module):
     def __init__(self) -> None:
+        from torchvision.models import vgg16  # slow to import, and only distillation of a generator needs it
+
         super().__init__()
         layers = vgg16(weights=None).features
         for number, (first, last) in enumerate(_SLICES, start=1):

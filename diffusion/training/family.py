@@ -12,7 +12,6 @@ from torch import Tensor
 from diffusion.checkpoints import load_weights, open_checkpoint, read_transformer, write_transformer
 from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, ConfigError
-from diffusion.inference.recipe import model_fingerprint
 from diffusion.objectives import Objective
 from diffusion.training.building import build_network, denoising_objective
 from diffusion.training.optimization import WeightAverage, trained_state
@@ -103,6 +102,8 @@ class OnABase(Family):
         Raises:
             ConfigError: no starting weights, or an option that this family does not have.
         """
+        from diffusion.inference.recipe import model_fingerprint  # programs that never draw start faster without it
+
         if start is None:
             raise ConfigError(f"load_from: the {self.base_name} is missing; give its weights with --load-from")
         options = (("posthoc_ema", None), ("strategy", "ddp"), ("lora", None), ("tread", None), ("repa", None))

@@ -8,10 +8,10 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -104,7 +104,7 @@ class RunState:
             "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
         }
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions |= {"diffusers": diffusers.__version__, "pixart": __version__}
+        versions |= {"diffusers": version("diffusers"), "pixart": __version__}
         record = {
             "format_version": FORMAT_VERSION,
             "step": self.step,

@@ -240,7 +240,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, model: Path) -> Non
     command += [str(ROOT / "tools/VLM_caption_lightning.py"), "--output", str(tmp_path / "two"), "--device", "cpu"]
     command += ["--data-root", str(tmp_path / "data"), "--model-path", str(model), "--max-new-tokens", "6"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 captions (8 new); 1 rejected" in done.stdout
     assert texts(tmp_path / "two") == texts(tmp_path / "one")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from diffusion.features import ExtractionSettings, FeatureStore, extract_folder
 from diffusion.features.extract import Encoders
 from diffusion.images import decode_image, encode_moments, load_vae, resize_and_crop, to_tensor
 from diffusion.text import CaptionEncoder
+from tests.doors import Door
 from tests.tiny import write_tiny_pipeline_parts
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = ExtractionSettings(image_size=32, dtype="fp32", batch_size=3)
@@ -200,9 +201,7 @@ def test_a_killed_extraction_continues_to_the_same_bytes(tmp_path: Path, pipelin
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cut" / "shard-00003.arrow").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until((tmp_path / "cut" / "shard-00003.arrow").exists, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
@@ -211,13 +210,12 @@ def test_a_killed_extraction_continues_to_the_same_bytes(tmp_path: Path, pipelin
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_the_door_reports_user_errors_in_one_line(tmp_path: Path) -> None:
-    door = [sys.executable, str(REPOSITORY / "tools" / "extract_features.py")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*door, "--help"], capture_output=True, text=True, env=environment, check=True)
-    assert "default: 256" in done.stdout
-    command = [*door, str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
-    failed = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_the_door_reports_user_errors_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door = Door(monkeypatch, capsys)
+    assert "default: 256" in door("tools/extract_features.py", "--help").stdout
+    failed = door("tools/extract_features.py", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1
     assert "no such folder" in failed.stderr

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from diffusion.features.cli import run_extraction
 from diffusion.files import FolderLock
 from tests.features.test_extract import SETTINGS, contents, make_source
 from tests.tiny import write_tiny_pipeline_parts
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -41,7 +41,7 @@ def door(name: str, *arguments: object, processes: int = 1) -> list[str]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -61,9 +61,7 @@ def test_two_processes_make_what_one_makes_even_when_killed(tmp_path: Path, pipe
     process = subprocess.Popen(
         command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "two" / ".blocks").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: list((tmp_path / "two" / ".blocks").glob("*.json")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     with pytest.raises(DataError, match="interrupted"):

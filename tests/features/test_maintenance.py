@@ -3,8 +3,6 @@ from __future__ import annotations
 import http.server
 import json
 import pickle
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -29,9 +27,8 @@ from diffusion.features.manifest import MANIFEST
 from diffusion.features.rows import INDEX_SCHEMA, SCHEMA, to_batch
 from diffusion.features.sources import open_source
 from diffusion.features.writer import to_arrow
+from tests.doors import Door
 from tests.features.test_store import FINGERPRINT, NULL, make_row, write
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def same_rows(left: FeatureStore, right: FeatureStore) -> bool:
@@ -265,19 +262,14 @@ def test_a_million_rows_open_and_shuffle_quickly_in_little_memory(tmp_path: Path
     assert peak < 100e6
 
 
-def test_the_door(tmp_path: Path) -> None:
-    root = write(tmp_path / "s", 5)
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        door = [sys.executable, str(REPOSITORY / "tools" / "feature_store.py"), *arguments]
-        return subprocess.run(door, capture_output=True, text=True, cwd=REPOSITORY)
-
-    done = run("verify", str(root))
+def test_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root, door = write(tmp_path / "s", 5), Door(monkeypatch, capsys)
+    done = door("tools/feature_store.py", "verify", root)
     assert "5 pictures, 10 captions" in done.stdout, done.stderr
     assert "all hashes and features are right" in done.stdout
     shard = root / "shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-8])
-    failed = run("verify", str(root))
+    failed = door("tools/feature_store.py", "verify", root)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert "truncated" in failed.stderr
 

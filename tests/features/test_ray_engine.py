@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from diffusion.features import ray_engine as module
 from diffusion.features.extract import Encoders
 from tests.features.test_extract import contents, make_source
 from tests.tiny import write_tiny_pipeline_parts
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -93,7 +93,7 @@ def start(address: str, *arguments: object) -> subprocess.Popen[str]:
 
 def on_the_cluster(address: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     process = start(address, *arguments)
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=500)
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
 
 
@@ -145,11 +145,10 @@ def test_a_lost_node_leaves_no_trace(tmp_path: Path, pipeline: Path) -> None:
     extract_folder(source, tmp_path / "one", pipeline, ExtractionSettings(image_size=32), device="cpu")
     with cluster_of_two() as (address, lose):
         given = [source, "--pretrained", pipeline, "--image-size", 32, "--out", tmp_path / "ray"]
-        process, deadline = start(address, *given), time.monotonic() + 120
-        while not list((tmp_path / "ray").glob(".blocks/*.json")) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        process = start(address, *given)
+        wait_until(lambda: list((tmp_path / "ray").glob(".blocks/*.json")), process)
         lose()
-        out, errors = process.communicate(timeout=200)
+        out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors[-3000:]
     assert "200 pictures (200 new); 0 rejected" in out
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from diffusion.features import ExtractionSettings
 from diffusion.features.concepts import content_words
 from diffusion.features.report import check_source, contact_sheet
 from diffusion.features.sources import open_source
+from tests.doors import Door
 from tests.tiny import write_tiny_pipeline_parts
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def source(root: Path) -> Path:
@@ -69,11 +67,9 @@ def test_content_words() -> None:
     assert content_words("The quick FOX and a fox, 3 of them; café!") == {"quick", "fox", "café"}
 
 
-def test_the_door(tmp_path: Path) -> None:
-    door = [sys.executable, str(REPOSITORY / "tools" / "check_data.py")]
+def test_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheets" / "a.png"
-    command = [*door, str(source(tmp_path / "src")), "--sheet", str(sheet)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    done = Door(monkeypatch, capsys)("tools/check_data.py", source(tmp_path / "src"), "--sheet", sheet)
     assert done.returncode == 2
     assert done.stderr == ""
     assert "folder of pictures with .txt, 5 pictures with captions, 2 unusable" in done.stdout

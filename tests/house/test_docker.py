@@ -139,7 +139,7 @@ def test_the_image_draws(tmp_path: Path) -> None:
     words = shlex.split(install.replace("${TORCH_INDEX}", "https://pypi.org/simple"))
     assert words[-2:] == ["-e", ".[app]"]
     replaced = [sys.executable, "-m", *words[:-2], "--no-deps", "--no-build-isolation", "--target", str(site), ".[app]"]
-    subprocess.run([*replaced, "--quiet"], cwd=workspace, check=True, timeout=200)
+    subprocess.run([*replaced, "--quiet"], cwd=workspace, check=True, timeout=500)
 
     values = environment() | {"DEMO_HOST": "127.0.0.1", "DEMO_PORT": str(free_port()), "PYTHONPATH": str(site)}
     values |= {"HF_HOME": str(tmp_path / "cache"), "GRADIO_TEMP_DIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}

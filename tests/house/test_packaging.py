@@ -63,14 +63,14 @@ def test_the_wheel_draws_by_itself(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE", "diffusion", "tools", "configs", "tests"):
         (source / name).symlink_to(ROOT / name)
     options = ["--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "wheel", *options, "--wheel-dir", tmp_path, source], check=True, timeout=200)
+    subprocess.run([*pip, "wheel", *options, "--wheel-dir", tmp_path, source], check=True, timeout=500)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"diffusion", f"{wheel.name.split('-py3')[0]}.dist-info"}
     packaged = {name for name in names if name.startswith("diffusion/") and name.endswith(".py")}
     assert packaged == {str(path.relative_to(ROOT)) for path in (ROOT / "diffusion").rglob("*.py")}
 
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=200)
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=500)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", DRAW, tmp_path / "site", BUNDLED, tmp_path / "apple.png"]
     elsewhere = tmp_path / "elsewhere"

@@ -11,6 +11,7 @@ from tests.training.tiny_run import run_program
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_killed_again_and_again_ends_bit_equal(tmp_path: Path) -> None:
     faults = ["--kills", "4", "--kills-in-save", "2", "--terminations", "2", "--seed", "1"]
     done = run_program(["benchmarks/chaos_training.py", *faults, "--out", str(tmp_path / "chaos.json")])

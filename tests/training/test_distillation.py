@@ -18,7 +18,6 @@ from diffusion.models import PixArt
 from diffusion.training import Reporting, Trainer
 from diffusion.training.distillation import LCM, LCMLoRA
 from diffusion.training.family import Family
-from tests.training.test_trainer import free_port
 from tests.training.tiny_run import curve, run_program, weights
 
 FAMILIES = [LCM, LCMLoRA]
@@ -157,7 +156,7 @@ def test_two_processes_equal_one(program: str, config_file: Path, teacher: Path,
     (tmp_path / "config.json").write_text(config.to_json())
     for name, launcher, batch in (
         ("one", [], 4),
-        ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"], 2),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 2),
     ):
         command = [*launcher, f"train_scripts/{program}", str(tmp_path / "config.json"), "--report_to", "none"]
         options = ["max_steps=3", f"train_batch_size={batch}"]

@@ -25,7 +25,6 @@ from diffusion.objectives.levers import watch_blocks
 from diffusion.process import keyed_normal, keyed_timesteps, keyed_uniform
 from diffusion.training import build_network, denoising_objective
 from diffusion.training.building import build_training_data
-from tests.training.test_trainer import free_port
 from tests.training.tiny_run import curve, run, run_program, weights
 
 SMALL = ["hidden_size=48", "depth=4", "num_heads=2", "save_model_steps=100"]
@@ -340,7 +339,7 @@ def test_levers_are_the_same_on_two_processes(features: Path, config_file: Path,
     repa = [f"repa.features={str(features)!r}", "repa.block=2", "repa.head_width=24", "repa.until_step=2"]
     options = [*SMALL, *repa, "tread.first_block=1", "tread.until_step=3", "max_steps=4"]
     run(load_config(config_file, options), tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = ["train_scripts/train.py", str(config_file), "--work-dir", str(tmp_path / "two"), "--report_to", "none"]
     done = run_program([*launch, *program, "--cfg-options", *options, "train_batch_size=2"])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -90,10 +90,10 @@ def test_validation_draws_uniformly_whatever_training_does(options: list[str], c
 def test_compiled_blocks_train_alike_and_compile_few_times(config_file: Path, tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
-    run(load_config(config_file, ["max_steps=5"]), tmp_path / "plain")
+    run(load_config(config_file, ["max_steps=5", "depth=10"]), tmp_path / "plain")
     torch._dynamo.reset()
     counters.clear()
-    run(load_config(config_file, ["max_steps=5", "compile=True"]), tmp_path / "compiled")
+    run(load_config(config_file, ["max_steps=5", "depth=10", "compile=True"]), tmp_path / "compiled")
     plain, compiled = curve(tmp_path / "plain"), curve(tmp_path / "compiled")
     assert all(compiled[step] == pytest.approx(loss, rel=1e-4) for step, loss in plain.items())
     assert weights(tmp_path / "compiled", 5).keys() == weights(tmp_path / "plain", 5).keys()
@@ -145,7 +145,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone(config_file: Path) -> None:
     groups = build_optimizer(network, config, 4).param_groups
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     muon = {names[id(p)] for group in groups if group["use_muon"] for p in group["params"]}
-    assert {"blocks.0.attn.qkv.weight", "blocks.9.mlp.fc2.weight", "blocks.3.cross_attn.kv_linear.weight"} <= muon
+    assert {"blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "blocks.1.cross_attn.kv_linear.weight"} <= muon
     assert all(name.startswith("blocks.") and name.endswith(".weight") for name in muon)
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
     assert {(group["use_muon"], group["weight_decay"]) for group in groups} == {(True, 0.1), (False, 0.1), (False, 0.0)}

@@ -15,15 +15,14 @@ from diffusion.config import load_config
 from diffusion.data import AspectRatioBatchSampler
 from diffusion.training import replay_step
 from tests.training.parallel_worker import SGD, SMALL
-from tests.training.test_trainer import free_port
 from tests.training.tiny_run import ROOT, curve, run, weights, write_config
 
 
 def run_workers(count: int, config_file: Path, root: Path, *scenarios: str) -> str:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command = [sys.executable, *launcher, "tests/training/parallel_worker.py", str(config_file), str(root), *scenarios]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -17,7 +17,7 @@ from diffusion.checkpoints.training_state import FORMAT_VERSION, verify
 from diffusion.config import TrainConfig, load_config
 from diffusion.files import hash_file
 from diffusion.training import Reporting, Trainer, denoising_objective
-from tests.training.test_trainer import free_port, train_program
+from tests.training.test_trainer import train_program
 from tests.training.tiny_run import curve, run, run_program, weights
 
 CELLS = [
@@ -149,7 +149,7 @@ def test_two_processes_go_on_where_one_stopped_and_back(config_file: Path, tmp_p
     run(load_config(config_file), tmp_path / "whole")
     moved = tmp_path / "moved"
     interrupted(load_config(config_file, ["log_interval=2"]), moved, after=3)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["train_batch_size=2", "max_steps=4", "resume_from.checkpoint=latest", "log_interval=2"]
     done = run_program([*launcher, *train_program(config_file, moved, *options)])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -27,6 +27,7 @@ OPTIONS = [
     "num_workers=1",
 ]
 OPTIONS += ["health.hang_timeout_s=4.0"]
+pytestmark = pytest.mark.alone  # a rank without a core looks as if it hung
 
 
 def watchdog_that_sees(*seen: tuple[int, str, float, float, str | None]) -> Watchdog:

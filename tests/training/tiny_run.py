@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_config(path: Path, parts: Path) -> Path:
-    """Six steps of batch 4 on the store of the fixture `parts`."""
+    """Six steps of batch 4 on the store of the fixture `parts`, of a network of two narrow blocks."""
     path.write_text(
         "data_root = '/'\n"
         f"data = dict(type='Store', root={str(parts / 'store')!r}, split='train')\n"
-        "image_size = 32\nmodel = 'PixArt_Ti_2'\ncaption_channels = 32\nnull_caption = 't5_empty'\n"
+        "image_size = 32\nmodel = 'PixArt_Ti_2'\nhidden_size = 32\ndepth = 2\nnum_heads = 2\n"
+        "caption_channels = 32\nnull_caption = 't5_empty'\n"
         f"pipeline_load_from = {str(parts / 'pipe')!r}\n"
         "train_batch_size = 4\nnum_workers = 0\nmax_steps = 6\nlog_interval = 1\nsave_model_steps = 3\n"
         "save_model_epochs = None\nmixed_precision = 'no'\nauto_lr = None\nema_rate = 0.9\n"
@@ -52,5 +53,5 @@ def weights(work_dir: Path, step: int, name: str = "transformer") -> dict[str, t
 def run_program(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **settings
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, **settings
     )

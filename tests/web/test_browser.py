@@ -21,7 +21,7 @@ from diffusion.inference.recipe import read_recipe
 from tests.web.browser import FLAGS, find_chromium
 from tests.web.serving import Served, make_engine, row, served
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
 APPLE = ROOT / "data/emoji/images/1f34e.webp"
 PHONE = {"width": 390, "height": 844}
@@ -45,7 +45,7 @@ class Tab:
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.problems = page, list[str]()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("response", lambda answer: answer.status >= 400 and self.problems.append(answer.url))
@@ -152,11 +152,10 @@ def test_a_closed_tab_frees_the_worker(browser: Any, site: Served) -> None:
     tab.page.locator("#stage .drawing").wait_for()
     context.close()
     worker = site.engine
-    for _ in range(300):
-        if not worker.is_drawing:
-            break
+    deadline = time.monotonic() + 120
+    while worker.is_drawing:
+        assert time.monotonic() < deadline, "the request of a tab that was closed is still drawn"
         time.sleep(0.1)
-    assert not worker.is_drawing
 
 
 def test_inpaint(tab: Tab, tmp_path: Path) -> None:
@@ -298,11 +297,11 @@ def test_dark_and_light(tab: Tab) -> None:
     def brightness() -> int:
         return sum(map(int, re.findall(r"\d+", page.evaluate(colour))[:3]))
 
-    light, before = brightness(), page.evaluate(colour)
+    light = brightness() > 600
     page.get_by_role("button", name="Dark / light").click()
-    page.wait_for_function(f"before => {colour} !== before", arg=before)
-    page.wait_for_timeout(400)
-    assert {light > 600, brightness() > 600} == {True, False}
+    sum_now = f"{colour}.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0)"
+    page.wait_for_function(f"light => ({sum_now} > 600) !== light", arg=light)  # colours fade into each other
+    assert (brightness() > 600) is not light
 
 
 def test_the_page_of_a_training_run(browser: Any, run: Path, address: str) -> None:

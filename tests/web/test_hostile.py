@@ -14,7 +14,7 @@ import pytest
 
 from tests.web.serving import SMALL_VALUES, Served
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
 ODD: list[Any] = [
     None, float("nan"), float("inf"), -1, 0, 1, 2**31, 10**30, 0.5, "", "16", "x" * 10_000, "\x00\x1b[2J", "../../etc",
