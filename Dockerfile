@@ -9,7 +9,8 @@ FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=https://pypi.org/simple
 ARG USER_ID=1000
 
-# APP_CONTEXT: 1024, 512, LCM or CONTROLNET. HF_HOME is where the mount above lies, for the user below too.
+# APP_CONTEXT: 1024, 512, LCM or CONTROLNET. DEMO_FETCH=auto: with a card the official model comes from the hub at the
+# first start, where the mount or output/pretrained_models lacks it. HF_HOME is that mount, for the user below too.
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/root/.cache/huggingface \
@@ -17,6 +18,7 @@ ENV PYTHONUNBUFFERED=1 \
     GRADIO_ANALYTICS_ENABLED=False \
     DEMO_HOST=0.0.0.0 \
     DEMO_PORT=12345 \
+    DEMO_FETCH=auto \
     APP_CONTEXT=1024
 
 # The home of root may be entered, not listed: the cache in it belongs to the user, at the path that the README mounts.

@@ -26,3 +26,12 @@ def test_auto_takes_the_fastest_that_is_there(
     assert asked == [expected]
     assert devices.choose_dtype("auto", torch.device("mps")) == torch.float32
     assert devices.choose_dtype("float16", torch.device("mps")) == torch.float16
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_auto_is_float16_on_cards_without_bfloat16(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V100, T4 and A100, by what their drivers say."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.choose_dtype("auto", torch.device("cuda")) == getattr(torch, expected)

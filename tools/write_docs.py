@@ -53,14 +53,14 @@ def models_page() -> str:
         "Every published PixArt file that the programs know.",
         "`python tools/download.py --model_names NAME --only_models` fetches one;",
         "[checkpoints.md](checkpoints.md) says how to convert and to check it.\n",
-        "| model | name | parameters | from | licence of the weights |",
+        "| model | name | licence of the weights | parameters | from |",
         "|---|---|---|---|---|",
     ]
     for row in PUBLISHED:
         recorded = RECORDED.get(row.name.removesuffix(".pth"))
         size = f"{recorded.num_parameters / 1e6:,.0f} M" if recorded is not None else ""
         hub = f"[{row.repo}](https://huggingface.co/{row.repo})"
-        lines.append(f"| {row.title} | `{row.name}` | {size} | {hub} | {row.licence} |")
+        lines.append(f"| {row.title} | `{row.name}` | {row.licence} | {size} | {hub} |")
     lines += [
         "\nLicences of the alpha 512 and 1024 px models are those of their cards, and are taken for the others of",
         "the family; a download shows the hub's own statement where it differs. Parameters were counted from the",
@@ -96,7 +96,7 @@ def performance_page() -> str:
     ]
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        lines.append(f"\n## {path.stem}\n\n{result.get('benchmark', '')}".rstrip() + "\n")
+        lines.append(f"\n## {path.stem.replace('_', ' ')}\n\n{result.get('benchmark', '')}".rstrip() + "\n")
         tables = [
             value for value in result.values() if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
@@ -122,7 +122,8 @@ def performance_page() -> str:
             ]
         versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
         machine = [str(result[name]) for name in ("device", "gpu", "cpu") if name in result]
-        machine += [f"{result['threads']} threads"] if "threads" in result else []
+        if "threads" in result:
+            machine.append("1 thread" if result["threads"] == 1 else f"{result['threads']} threads")
         lines.append(
             f"`{result.get('command', 'command not recorded')}`; {'; '.join([*machine, versions])}".rstrip("; ")
         )

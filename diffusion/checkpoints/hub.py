@@ -56,6 +56,14 @@ def hub_folder(repo: str, patterns: Sequence[str], what: str, *, revision: str |
     return folder
 
 
+def cached_file(repo: str, name: str) -> Path | None:
+    """As `hub_file`, where the hub's cache holds it already; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None
+
+
 @contextlib.contextmanager
 def explained(repo: str, what: str, target: Path | None) -> Iterator[None]:
     """Turn the hub client's errors into one line that says what to do.

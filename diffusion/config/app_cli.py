@@ -15,6 +15,7 @@ environment variables:
   DEMO_MAX_UPLOAD_MB        largest picture that is taken (20)
   DEMO_LOG_PROMPTS=1        write prompts into the log; without it their length alone
   DEMO_METRICS=1            answer /metrics to other machines too
+  DEMO_FETCH=1              official files that are not on this machine come from the hub; auto = where there is a card
   MAX_IMAGE_SIZE            longest side in px (2048 on a card, else 1024)
   CACHE_EXAMPLES=1          draw the example pictures of an official model at its first start
   USE_TORCH_COMPILE=1       compile the network; ENABLE_CPU_OFFLOAD=1: parts wait in host memory (CUDA)

@@ -11,7 +11,8 @@ import diffusers
 import torch
 
 from diffusion.checkpoints import new_folder, save_transformer
-from diffusion.checkpoints.hub import hub_folder, parse_hub_id
+from diffusion.checkpoints.hub import cached_file, hub_file, hub_folder, parse_hub_id
+from diffusion.checkpoints.published import find_published
 from diffusion.errors import CheckpointError
 from diffusion.inference.solvers import make_scheduler, stock_scheduler
 
@@ -43,6 +44,37 @@ def pipeline_folder(name: str | Path) -> Path:
         return Path(name)
     repo, inner = hub_id
     return hub_folder(repo, _PIPELINE_FILES, "folders of a pipeline") / (inner or "")
+
+
+def published_pipeline(name: str, *, fetch: bool = False) -> Path | None:
+    """The folder of a published pipeline in the hub's cache; None = not all of its parts are there.
+
+    Args:
+        fetch: ask the hub for what is missing; without it nothing is fetched.
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    repo = find_published(name).repo
+    if fetch:
+        return pipeline_folder(repo)
+    index = cached_file(repo, "model_index.json")
+    if index is None or not all(_has_weights(index.parent / part) for part in ("transformer", "text_encoder", "vae")):
+        return None
+    return index.parent
+
+
+def published_file(name: str, *, fetch: bool = False) -> Path | None:
+    """A published file in the hub's cache, as `published_pipeline`."""
+    row = find_published(name)
+    return hub_file(row.repo, row.pattern) if fetch else cached_file(row.repo, row.pattern)
+
+
+def _has_weights(part: Path) -> bool:
+    """Whether a download of a part was finished: one weight file, or all shards of its index."""
+    for index in part.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((part / shard).is_file() for shard in shards)
+    return any(part.glob("*model.safetensors"))
 
 
 def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:

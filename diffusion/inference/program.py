@@ -78,7 +78,8 @@ def draw(args: argparse.Namespace) -> None:
         ranks.close()
     if not is_main:
         return
-    print(f"{len(paths)} pictures in {seconds:.1f} s ({seconds / len(paths):.2f} s each) are in {folder}")
+    count = f"{len(paths)} pictures in" if len(paths) != 1 else "1 picture in"
+    print(f"{count} {seconds:.1f} s ({seconds / len(paths):.2f} s each): {folder}")
     if grid is not None:
         print(f"grid: {grid}")
 

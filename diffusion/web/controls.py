@@ -91,8 +91,10 @@ def add_beginning(variant: Variant, *, has_controlnet: bool) -> dict[str, Any]:
             label="Picture to begin from", sources=["upload", "clipboard"], elem_id="image", height=300
         )
     with gr.Group(visible=False) as paint_group:
+        hint = '<p class="hint">Add a picture, choose the brush, paint over the part to redraw.</p>'
+        gr.HTML(hint, padding=True, elem_id="paint-hint")
         painted = MaskEditor(
-            label="Paint over what is to be drawn anew",
+            label="Paint the part to redraw",
             sources=["upload", "clipboard"],
             brush=gr.Brush(default_size=40, colors=["#2563eb"], default_color="#2563eb", color_mode="fixed"),
             layers=False,
@@ -108,7 +110,14 @@ def add_beginning(variant: Variant, *, has_controlnet: bool) -> dict[str, Any]:
         control_image = PictureInput(
             label="Picture whose edges are followed", sources=["upload", "clipboard"], elem_id="control", height=300
         )
-        edges = gr.Image(label="Edges that are followed", interactive=False, elem_id="edges", format="png", height=300)
+        edges = gr.Image(
+            label="Edges that are followed",
+            interactive=False,
+            elem_id="edges",
+            format="png",
+            height=300,
+            buttons=["download", "fullscreen"],
+        )
         control_strength = gr.Slider(
             0, 2, value=variant.control_strength, step=0.05, label="Condition strength", elem_id="control-strength"
         )
@@ -188,7 +197,7 @@ def asked_from(values: list[Any]) -> Asked:
     """The request of the values of `Controls.all()`; what is wrong with them is said by `check`.
 
     Raises:
-        gr.Error: an uploaded picture that cannot be used.
+        PromptError: an uploaded picture that cannot be used.
     """
     given = dict(zip((field.name for field in fields(Controls)), values))
     if given.pop("randomise"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffusion.web.metrics import WebMetrics
 from diffusion.web.settings import WebSettings
 
 _logger = logging.getLogger("pixart.web")
+_MAX_CANCELLED = 1000
 
 
 class Engine:
@@ -35,6 +37,7 @@ class Engine:
         self._wake = threading.Condition()
         self._pipeline = threading.Lock()  # held while it computes
         self._current: Job | None = None
+        self._cancelled: dict[str, float] = {}  # session -> when it was cancelled last; the newest are kept
         self._closed = False
         self.healthy = True
         self.metrics = WebMetrics(lambda: len(self._line))
@@ -59,8 +62,19 @@ class Engine:
         logging.getLogger("diffusion").removeHandler(self._notices)
         logging.getLogger("diffusion").propagate = True
 
-    def submit(self, asked: Asked, user: str, session: str, tell: Callable[[Progress], None]) -> Job:
-        """Put a request into the queue. Raises PromptError when it is refused."""
+    def submit(
+        self,
+        asked: Asked,
+        user: str,
+        session: str,
+        tell: Callable[[Progress], None],
+        arrival: float = math.inf,
+    ) -> Job:
+        """Put a request into the queue. Raises PromptError when it is refused.
+
+        Args:
+            arrival: when it came in, in seconds of time.monotonic; it ends at once if its session was cancelled later.
+        """
         try:
             if not self.healthy:
                 raise PromptError("the app has to be started again after a fault; its log says why")
@@ -69,18 +83,33 @@ class Engine:
                 raise PromptError("this page has no ControlNet to follow edges with; see docs/apps.md")
             job = Job(asked, user, session, tell)
             with self._wake:
-                self._line.add(user, job)
-                self._tell_places()
-                self._wake.notify_all()
+                late = arrival <= self._cancelled.get(session, -math.inf)
+                if not late:
+                    self._line.add(user, job)
+                    self._tell_places()
+                    self._wake.notify_all()
         except PromptError as error:
             self.metrics.requests.labels("refused").inc()
             _logger.info("refused: %s", type(error).__name__)
             raise
+        if late:
+            job.cancel()
+            self._count(job, "stopped")
+            job.end("stopped")
         return job
 
-    def cancel(self, session: str) -> int:
-        """Stop what a browser tab asked for; returns how many requests that were."""
+    def cancel(self, session: str, arrival: float | None = None) -> int:
+        """Stop what a browser tab asked for; returns how many requests that were.
+
+        Args:
+            arrival: when the wish came in, by default now. Requests that came in before and are still on their way to
+                `submit` are stopped there.
+        """
         with self._wake:
+            wished = time.monotonic() if arrival is None else arrival
+            self._cancelled[session] = max(wished, self._cancelled.pop(session, wished))
+            while len(self._cancelled) > _MAX_CANCELLED:
+                del self._cancelled[next(iter(self._cancelled))]
             mine = [job for job in self._alive() if job.session == session]
         for job in mine:
             self.stop(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from diffusion.config.sampling_cli import BUNDLED, HED
 from diffusion.devices import choose_device, choose_dtype
-from diffusion.errors import ConfigError
+from diffusion.errors import CheckpointError, ConfigError
 from diffusion.inference.batch import load_pipeline
+from diffusion.inference.folders import published_file, published_pipeline
 from diffusion.inference.memory import Workload, check_plan_name
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
@@ -57,7 +59,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Chosen:
-    """Where the parts of the model are, and what the page says when it is not the official one."""
+    """Where the parts of the model are, and what the page says, in Markdown, when it is not the official one."""
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,26 +67,45 @@ class Chosen:
     lora: str | None = None
 
 
-def choose(args: argparse.Namespace, variant: Variant) -> tuple[Chosen, Variant]:
-    """The model of a page, and the page's beginning settings as that model needs them."""
+def choose(args: argparse.Namespace, variant: Variant, *, fetch: bool = False) -> tuple[Chosen, Variant]:
+    """The model of a page, and the page's beginning settings as that model needs them.
+
+    Args:
+        fetch: ask the hub for official files that are not on this machine.
+    """
     options: dict[str, Any] = {"text_encoder": args.t5_path, "vae": args.tokenizer_path}
     if args.model_path is not None:
-        return _with_control(Chosen(args.model_path, options), args, variant), variant
+        return _with_control(Chosen(args.model_path, options), args, variant, fetch), variant
     for name in variant.models:
         path = ROOT / name
         if path.is_dir():
-            return _with_control(Chosen(str(path), options), args, variant), variant
+            return _with_control(Chosen(str(path), options), args, variant, fetch), variant
         parts = {"text_encoder": ROOT / "t5_ckpts", "vae": ROOT / "sd-vae-ft-ema"}
         if path.is_file() and all(part.is_dir() for part in parts.values()):
             found = {part: options[part] or str(default) for part, default in parts.items()}
-            return _with_control(Chosen(str(path), found), args, variant), variant
-    command = f"python tools/download.py --model_names {variant.models[0]}"
-    notice = f"This is the small bundled model, which knows emoji. For the official one: {command}"
+            return _with_control(Chosen(str(path), found), args, variant, fetch), variant
+    cached, problem = _from_hub(published_pipeline, variant.models[0], fetch)
+    if cached is not None:
+        return _with_control(Chosen(cached, options), args, variant, fetch), variant
+    command = f"`python tools/download.py --model_names {variant.models[0]}`"
+    notice = f"{problem}This is the small bundled model, which knows emoji. For the official one: {command}"
     beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=4.5)  # the bundled one is not distilled
-    return _with_control(Chosen(BUNDLED, options, notice), args, beginning), beginning
+    return _with_control(Chosen(BUNDLED, options, notice), args, beginning, fetch=False), beginning
 
 
-def choose_lcm(args: argparse.Namespace, variant: Variant) -> tuple[Chosen, Variant]:
+def _from_hub(find: Callable[..., Path | None], name: str, fetch: bool) -> tuple[str | None, str]:
+    """Where a published model lies in the hub's cache, and what the page says if it could not be fetched."""
+    try:
+        found = find(name)
+        if found is None and fetch:
+            _logger.info("fetching %s from the hub", name)
+            found = find(name, fetch=True)
+    except CheckpointError as error:
+        return None, f"{error}. "
+    return None if found is None else str(found), ""
+
+
+def choose_lcm(args: argparse.Namespace, variant: Variant, *, fetch: bool = False) -> tuple[Chosen, Variant]:
     """As `choose`, for app/app_lcm.py: a distilled model, or with --is_lora an ordinary one and an LCM-LoRA.
 
     Raises:
@@ -93,28 +114,29 @@ def choose_lcm(args: argparse.Namespace, variant: Variant) -> tuple[Chosen, Vari
     if args.repo_id is not None:
         args.model_path = args.repo_id
     if not args.is_lora:
-        return choose(args, variant)
+        return choose(args, variant, fetch=fetch)
     if not hasattr(PixArtPipeline, "load_lora_weights"):
         raise ConfigError("--is_lora: this version draws without LoRA adapters; use a distilled model (--repo_id)")
-    chosen, _ = choose(args, replace(variant, models=VARIANTS["1024"].models))
+    chosen, _ = choose(args, replace(variant, models=VARIANTS["1024"].models), fetch=fetch)
     return replace(chosen, lora=args.lora_repo_id), variant
 
 
-def _with_control(chosen: Chosen, args: argparse.Namespace, variant: Variant) -> Chosen:
+def _with_control(chosen: Chosen, args: argparse.Namespace, variant: Variant, fetch: bool) -> Chosen:
     """The ControlNet and the edge detector of a page that has them; says how to get what is missing."""
     if not variant.controlnets:
         return chosen
     options, notice = dict(chosen.options), chosen.notice
-    official = [ROOT / name for name in variant.controlnets if (ROOT / name).is_file()]
-    # An official ControlNet fits official models alone.
-    control = args.controlnet or (str(official[0]) if official and chosen.model != BUNDLED else None)
-    detector = args.hed or (HED if Path(HED).is_file() else None)
+    control = args.controlnet
+    if control is None and chosen.model != BUNDLED:  # an official ControlNet fits official models alone
+        name = variant.controlnets[0]
+        control = str(ROOT / name) if (ROOT / name).is_file() else _from_hub(published_file, name, fetch)[0]
+    detector = args.hed or (HED if Path(HED).is_file() else _from_hub(published_file, Path(HED).name, fetch)[0])
     names = [] if control else list(variant.controlnets[:1])
     names += [] if detector else ["ControlNetHED.pth"]
     if names:
-        command = f"python tools/download.py --model_names {' '.join(names)}"
+        command = f"`python tools/download.py --model_names {' '.join(names)}`"
         without = "edges cannot be followed" if control is None else "pictures must be edges already, white on black"
-        notice = " ".join(part for part in (notice, f"Without {' and '.join(names)} {without}: {command}") if part)
+        notice = "\n\n".join(part for part in (notice, f"Without {' and '.join(names)} {without}: {command}") if part)
     options |= {"controlnet": control, "edge_detector": detector if control else None}
     return replace(chosen, options=options, notice=notice)
 

@@ -27,11 +27,16 @@ from diffusion.web.examples import Example
 from diffusion.web.jobs import FINAL, Progress
 from diffusion.web.models import Variant
 from diffusion.web.stage import recipe_table, stage
-from diffusion.web.uploads import RecipeInput, decoded
+from diffusion.web.uploads import RecipeInput, decoded, page_error, sentence
 
 _KEPT = 24  # pictures that a browser tab keeps in its gallery
 _TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
+_SHOW_STAGE = """() => {
+  if (matchMedia('(max-width: 640px)').matches) document.querySelector('#stage').scrollIntoView({behavior: 'smooth'});
+}"""  # on a phone it lies below the settings
 _HIDDEN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# What may be refused goes through the queue: gradio shows errors of nothing else.
+_SPEAKING = {**_HIDDEN, "queue": True, "concurrency_limit": None}
 
 
 @dataclass
@@ -50,7 +55,7 @@ class _Results:
 
 
 def build_page(engine: Engine, variant: Variant, notice: str, examples: list[Example]) -> gr.Blocks:
-    """The page of a variant around an engine. notice: said above it, e.g. how to get the official model."""
+    """The page of a variant around an engine. notice: Markdown above it, e.g. how to get the official model."""
     pipeline = engine.artist.pipeline
     limits, size = engine.settings.limits, variant.image_size or pipeline.default_size
     has_controlnet = pipeline.controlnet is not None
@@ -77,7 +82,8 @@ def build_page(engine: Engine, variant: Variant, notice: str, examples: list[Exa
         edges = parts.pop("edges")
         controls = Controls(**parts)
         _add_examples(examples, controls)
-        _wire_drawing(engine, controls, results, draw, stop)
+        _wire_drawing(engine, controls, results, draw)
+        _wire_stop(engine, stop, results.stage)
         _wire_results(engine, controls, results)
         _wire_edges(engine, controls, edges)
         page.unload(_leave(engine))
@@ -92,9 +98,7 @@ def _add_masthead(variant: Variant, notice: str, engine: Engine) -> None:
             gr.DuplicateButton("Duplicate this Space")
         gr.Button("Dark / light", size="sm", elem_id="theme-button").click(None, js=_TOGGLE_THEME, **_HIDDEN)
     if notice:
-        gr.Markdown(
-            notice.replace("python tools", "`python tools", 1) + "`" * ("python tools" in notice), elem_id="banner"
-        )
+        gr.Markdown(notice, elem_id="banner")
 
 
 def _add_results() -> _Results:
@@ -110,17 +114,17 @@ def _add_results() -> _Results:
         interactive=False,
         buttons=["download", "fullscreen"],
     )
-    with gr.Row():
-        download = gr.DownloadButton("Download PNG", elem_id="download", size="sm")
-        reuse = gr.Button("Reuse settings", elem_id="reuse", size="sm")
-        begin = gr.Button("Begin from this picture", elem_id="begin", size="sm")
+    with gr.Row(elem_id="result-row"):  # of use once there is a picture
+        download = gr.DownloadButton("Download PNG", elem_id="download", size="sm", interactive=False)
+        reuse = gr.Button("Reuse settings", elem_id="reuse", size="sm", interactive=False)
+        begin = gr.Button("Begin from this picture", elem_id="begin", size="sm", interactive=False)
     with gr.Accordion("Recipe", open=False, elem_id="recipe-panel"):
         recipe = gr.HTML(recipe_table(None), elem_id="recipe")
         upload = RecipeInput(
             label="Settings of a PNG that was drawn here",
             file_types=[".png"],
             elem_id="recipe-upload",
-            height=150,
+            height=190,
         )
     return _Results(shown, gallery, recipe, download, reuse, begin, upload, gr.State([]), gr.State(0))
 
@@ -160,7 +164,7 @@ def values_of_example(example: Example) -> list[Any]:
     return [asked.prompt, "", asked.style, "text", asked.solver, asked.steps, asked.guidance_scale, asked.seed, False]
 
 
-def _wire_drawing(engine: Engine, controls: Controls, results: _Results, draw: Any, stop: Any) -> None:
+def _wire_drawing(engine: Engine, controls: Controls, results: _Results, draw: Any) -> None:
     inputs = [*controls.all(), results.history]
     outputs = [
         results.gallery,
@@ -185,18 +189,16 @@ def _wire_drawing(engine: Engine, controls: Controls, results: _Results, draw: A
         ]  # fmt: skip
         started = time.monotonic()
         finished = 0
-        with _as_page_error():
-            progress = _progress_of(engine, given, request)
-            async for news in progress:
-                if news.stage == "failed":
-                    raise gr.Error(news.message, title="Not drawn", print_exception=False)
-                seconds = time.monotonic() - started
-                if len(news.paths) == finished:
-                    yield [gr.skip(), gr.skip(), stage(news, seconds), *[gr.skip()] * 4]
-                    continue
+        async for news in _progress_of(engine, given, request):
+            text = stage(news, time.monotonic() - started)
+            if len(news.paths) == finished:
+                yield [gr.skip(), gr.skip(), text, *[gr.skip()] * 4]
+            else:
                 finished = len(news.paths)
                 paths = [*map(str, reversed(news.paths)), *(history or [])][:_KEPT]
-                yield _shown(paths, stage(news, seconds), seed=news.seeds[0])
+                yield _shown(paths, text, seed=news.seeds[0])
+            if news.stage == "failed":  # stays on the page, and is an error for the API
+                raise page_error(news.message)
 
     listeners: dict[str, Any] = {
         "inputs": inputs,
@@ -204,26 +206,42 @@ def _wire_drawing(engine: Engine, controls: Controls, results: _Results, draw: A
         "concurrency_limit": None,
         "show_progress": "hidden",
     }
+    for listen in (draw.click, controls.prompt.submit):  # first: listeners of an event run one after the other
+        listen(None, js=_SHOW_STAGE, **_HIDDEN)
     clicked = draw.click(run, api_name="draw", trigger_mode="multiple", **listeners)
     entered = controls.prompt.submit(run, api_visibility="private", trigger_mode="multiple", **listeners)
-    for drawn in (clicked, entered):  # an event of its own, so that the API's gallery is a plain list
+    buttons = [results.download, results.reuse, results.begin]
+    for drawn in (clicked, entered):  # events of their own, so that what the API gives is plain values
         drawn.success(lambda: gr.Gallery(selected_index=0), None, results.gallery, **_HIDDEN)
+        drawn.then(lambda kept: [gr.update(interactive=bool(kept))] * 3, results.history, buttons, **_HIDDEN)
 
+
+def _wire_stop(engine: Engine, stop: Any, shown: Any) -> None:
     def halt(request: gr.Request) -> Any:
-        return gr.skip() if engine.cancel(request.session_hash or "") else '<p class="hint">Nothing is being drawn.</p>'
+        stopped = engine.cancel(request.session_hash or "", _arrival_of(request))
+        return gr.skip() if stopped else '<p class="hint">Nothing is being drawn.</p>'
 
-    stop.click(halt, None, results.stage, api_name="stop", queue=False, show_progress="hidden")
+    stop.click(halt, None, shown, api_name="stop", queue=False, show_progress="hidden")
 
 
 async def _progress_of(engine: Engine, values: list[Any], request: gr.Request) -> AsyncIterator[Progress]:
-    """Submit a request and follow it; news that came too fast are skipped. A client that leaves cancels it."""
+    """Submit a request and follow it; news that came too fast are skipped. A client that leaves cancels it.
+
+    What is refused has failed, like what breaks while it is drawn.
+    """
     loop, news = asyncio.get_running_loop(), asyncio.Queue[Progress]()
 
     def tell(progress: Progress) -> None:
         with contextlib.suppress(RuntimeError):  # the server has closed
             loop.call_soon_threadsafe(news.put_nowait, progress)
 
-    job = engine.submit(asked_from(values), user_of(request), request.session_hash or "", tell)
+    session, arrival = request.session_hash or "", _arrival_of(request)
+    try:
+        asked = await asyncio.to_thread(asked_from, values)  # a large upload takes a second to decode
+        job = engine.submit(asked, user_of(request), session, tell, arrival)
+    except PixArtError as error:
+        yield Progress("failed", message=sentence(error))
+        return
     try:
         while True:
             progress = await news.get()
@@ -242,13 +260,19 @@ def user_of(request: gr.Request) -> str:
     return request.username or (client.host if client is not None else "unknown")
 
 
+def _arrival_of(request: gr.Request) -> float:
+    """When the request came in, by `server.Gate`, in seconds of time.monotonic: before it waited for anything."""
+    scope = getattr(request.request, "scope", {})
+    return float(scope.get("arrival", time.monotonic()))
+
+
 @contextlib.contextmanager
 def _as_page_error() -> Any:
     """What a user can mend becomes a message on the page."""
     try:
         yield
     except PixArtError as error:
-        raise gr.Error(str(error), title="Not drawn", print_exception=False) from None
+        raise page_error(error) from None
 
 
 def _shown(paths: list[str], text: Any, *, seed: Any) -> list[Any]:
@@ -273,7 +297,7 @@ def _wire_results(engine: Engine, controls: Controls, results: _Results) -> None
 
     def recipe_at(history: list[str], index: int) -> dict[str, Any]:
         if not 0 <= index < len(history):
-            raise gr.Error("There is no picture yet; draw one first", title="Settings", print_exception=False)
+            raise page_error("there is no picture yet; draw one first")
         with _as_page_error():
             return read_recipe(history[index])
 
@@ -297,10 +321,10 @@ def _wire_results(engine: Engine, controls: Controls, results: _Results) -> None
             return values_from(recipe, limits, modes, loras.names())
 
     chosen = [results.history, results.selected]
-    results.gallery.select(select, results.history, [results.selected, results.recipe, results.download], **_HIDDEN)
-    results.reuse.click(reuse, chosen, controls.all(), **_HIDDEN)
-    results.begin.click(begin, chosen, [controls.mode, controls.image, results.stage], **_HIDDEN)
-    results.upload.upload(reuse_file, results.upload, controls.all(), **_HIDDEN)
+    results.gallery.select(select, results.history, [results.selected, results.recipe, results.download], **_SPEAKING)
+    results.reuse.click(reuse, chosen, controls.all(), **_SPEAKING)
+    results.begin.click(begin, chosen, [controls.mode, controls.image, results.stage], **_SPEAKING)
+    results.upload.upload(reuse_file, results.upload, controls.all(), **_SPEAKING)
 
 
 def _wire_edges(engine: Engine, controls: Controls, edges: Any) -> None:

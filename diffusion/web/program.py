@@ -60,14 +60,14 @@ def show_controlnet(args: argparse.Namespace, *, default_port: int = 15432) -> N
 def _serve(
     args: argparse.Namespace,
     variant: Variant,
-    pick: Callable[[argparse.Namespace, Variant], tuple[Chosen, Variant]],
+    pick: Callable[..., tuple[Chosen, Variant]],
     *,
     default_port: int = 15432,
 ) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pixart.web").setLevel(logging.INFO)
     settings = read_settings(args, os.environ, default_port=default_port, on_card=torch.cuda.is_available())
-    chosen, beginning = pick(args, variant)
+    chosen, beginning = pick(args, variant, fetch=settings.fetch)
     with tempfile.TemporaryDirectory(prefix="pixart-web-") as uploads:
         # Before gradio is imported: uploads lie in a folder of this program's own, gone when it ends.
         os.environ["GRADIO_TEMP_DIR"] = uploads

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,13 @@ def build_app(page: gr.Blocks, engine: Engine) -> FastAPI:
 
 
 class Gate:
-    """Refuses, before gradio reads anything, uploads to a full disk, and the fetching of addresses."""
+    """Before gradio reads anything: notes when a request came, refuses uploads to a full disk and fetched addresses."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["arrival"] = time.monotonic()
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
@@ -163,7 +165,7 @@ def _is_this_machine(request: Request) -> bool:
 
 
 def _theme() -> Any:
-    """System fonts alone: nothing of the page comes from another server."""
+    """System fonts alone: nothing of the page comes from another server. Cards on a tint, inputs with visible edges."""
     return gr.themes.Soft(
         primary_hue=gr.themes.colors.violet,
         secondary_hue=gr.themes.colors.fuchsia,
@@ -172,16 +174,46 @@ def _theme() -> Any:
         font_mono=_SYSTEM_MONO,
         radius_size=gr.themes.sizes.radius_lg,
     ).set(
+        body_background_fill="*neutral_100",
+        block_border_width="1px",
+        block_border_width_dark="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_700",
         block_title_background_fill="transparent",
         block_title_padding="0",
         block_title_text_color="*body_text_color",
         block_title_text_weight="600",
         block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_label_border_width_dark="0px",
         block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
+        border_color_accent="*primary_500",
+        border_color_primary="*neutral_300",
+        border_color_primary_dark="*neutral_600",
+        input_border_width="1px",
+        input_border_width_dark="1px",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_500",
+        input_shadow="none",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_width_dark="1px",
+        checkbox_label_border_color="*neutral_300",
+        checkbox_label_border_color_dark="*neutral_600",
+        checkbox_label_background_fill_selected="*primary_600",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
         button_primary_background_fill_hover_dark="*primary_500",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_cancel_border_color="*neutral_300",
+        button_cancel_border_color_dark="*neutral_600",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
     )

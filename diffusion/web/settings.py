@@ -34,7 +34,8 @@ class WebSettings:
     """How a page is served.
 
     auth: pairs of user and password; empty = open. output: folder of the pictures, of which the newest
-    `keep_pictures` stay. behind_proxy: a Space, whose proxy names the clients.
+    `keep_pictures` stay. behind_proxy: a Space, whose proxy names the clients. fetch: official files that are not on
+    this machine come from the hub.
     """
 
     host: str
@@ -51,6 +52,7 @@ class WebSettings:
     consistency_decoder: bool = False
     duplicate_button: bool = False
     behind_proxy: bool = False
+    fetch: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -90,6 +92,7 @@ def read_settings(
         consistency_decoder=bool(environ.get("CONSISTENCY_DECODER")),
         duplicate_button=_switch(environ, "SHOW_DUPLICATE_BUTTON"),
         behind_proxy=space,
+        fetch=on_card if environ.get("DEMO_FETCH") == "auto" else _switch(environ, "DEMO_FETCH", " or auto"),
     )
 
 
@@ -103,10 +106,10 @@ def _whole(environ: Mapping[str, str], name: str, usual: int, low: int, high: in
     return int(value)
 
 
-def _switch(environ: Mapping[str, str], name: str) -> bool:
+def _switch(environ: Mapping[str, str], name: str, further: str = "") -> bool:
     text = environ.get(name, "0")
     if text not in ("", "0", "1"):
-        raise ConfigError(f"{name}={text!r} must be 1 or 0")
+        raise ConfigError(f"{name}={text!r} must be 1 or 0{further}")
     return text == "1"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gradio.data_classes import DataWithFiles, ImageData
 from gradio_client.utils import is_http_url_like
 from PIL import Image, ImageChops
 
-from diffusion.errors import DataError
+from diffusion.errors import DataError, PixArtError, PromptError
 from diffusion.images import decode_bytes
 from diffusion.images.decoding import read_picture
 from diffusion.inference.recipe import read_recipe
@@ -85,13 +86,13 @@ class RecipeInput(_Uploads, gr.File):
         if payload is None:
             return None
         path = Path(payload.root.path if hasattr(payload, "root") else payload.path)
-        decoded(path)  # within the limits, and of a format that is safe to open
         try:
+            decoded(path)  # within the limits, and of a format that is safe to open
             return read_recipe(path)
+        except PromptError as error:
+            raise page_error(error) from None
         except DataError:
-            raise gr.Error(
-                "This picture carries no recipe; give a PNG that was drawn here", print_exception=False
-            ) from None
+            raise page_error("this picture carries no recipe; give a PNG that was drawn here") from None
 
 
 component_meta.create_or_modify_pyi = _write_stub
@@ -99,11 +100,21 @@ component_meta.create_or_modify_pyi = _write_stub
 
 def _refuse_address(value: Any) -> None:
     if value is not None and is_http_url_like(str(value)):
-        raise gr.Error("upload the picture itself; addresses are not fetched here", print_exception=False)
+        raise page_error("upload the picture itself; addresses are not fetched here")
+
+
+def page_error(error: PixArtError | str) -> gr.Error:
+    """A message for the page, which shows it as HTML: what a file or a client made it quote is no markup."""
+    return gr.Error(html.escape(sentence(error), quote=False), print_exception=False)
+
+
+def sentence(error: PixArtError | str) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
 
 
 def decoded(source: Any) -> Image.Image:
-    """RGB from a path, bytes, or gradio's FileData. Raises gr.Error in one line, without the server's path."""
+    """RGB from a path, bytes, or gradio's FileData. Raises PromptError in one line, without the server's path."""
     try:
         if isinstance(source, bytes):
             return decode_bytes(source, "the picture")
@@ -111,11 +122,11 @@ def decoded(source: Any) -> Image.Image:
         return decode_bytes(read_picture(path), "the picture")
     except DataError as error:
         reason = str(error).split(": ", 1)[-1]
-        raise gr.Error(f"This picture cannot be used: {reason}", title="Picture", print_exception=False) from None
+        raise PromptError(f"this picture cannot be used: {reason}") from None
 
 
 def decoded_mask(painted: Any) -> tuple[Image.Image, Image.Image]:
-    """The picture of a `MaskEditor` in RGB, and its mask in L, white = painted. Raises gr.Error."""
+    """The picture of a `MaskEditor` in RGB, and its mask in L, white = painted. Raises PromptError."""
     image = decoded(painted.background)
     mask = Image.new("L", image.size)
     for layer in painted.layers or []:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import re
+import subprocess
+import venv
 from pathlib import Path
 
 import nbformat
@@ -36,6 +38,32 @@ def test_notebooks_are_clean(path: Path) -> None:
     assert all((ROOT / program).is_file() for program in programs), programs
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", "\n".join(c.source for c in notebook.cells))
     assert all((path.parent / target).exists() for target in targets), targets
+
+
+@pytest.mark.slow
+def test_the_first_cell_installs(tmp_path: Path) -> None:
+    """As on a hosted notebook: an empty folder, a Python without packages. pip is replaced by one that says so."""
+    venv.create(tmp_path / "python", with_pip=False)
+    (tmp_path / "site/pip").mkdir(parents=True)
+    (tmp_path / "site/pip/__main__.py").write_text("import sys\nprint('pip', *sys.argv[1:])\n")
+    cell = read(NAMES[0]).cells[2].source
+    given = cell.replace("REPOSITORY = None", f"REPOSITORY = {ROOT.as_uri()!r}")
+    assert given != cell
+    (tmp_path / "empty").mkdir()
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        python, environment = tmp_path / "python/bin/python", {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        done = [str(python), "-c", code]
+        return subprocess.run(
+            done, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=200
+        )
+
+    assert "into REPOSITORY" in run(cell).stderr
+    done = run(f"{given}\nprint(root, os.getcwd())")
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "empty/pixart"
+    assert done.stdout.splitlines() == ["pip install --quiet -r requirements.txt", f"{place} {place}"]
+    assert (place / "requirements.txt").is_file()
 
 
 def shrink(notebook: nbformat.NotebookNode) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from diffusion.web.run_page import make_server
 from tests.inference.test_control import DEPTH, write_control
 from tests.inference.tiny_pipeline import tiny_transformer, write_tiny_pipeline
-from tests.web.serving import Served, make_engine, row, served
+from tests.web.serving import Served, make_engine, row, run_served, served
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -57,9 +55,5 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(run: Path) -> Iterator[str]:
-    server = make_server(run, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with run_served(run) as served_at:
+        yield served_at

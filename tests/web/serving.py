@@ -19,6 +19,7 @@ from diffusion.web.engine import Engine
 from diffusion.web.examples import examples_of
 from diffusion.web.models import VARIANTS, Chosen, make_artist
 from diffusion.web.page import build_page
+from diffusion.web.run_page import make_server
 from diffusion.web.server import build_app, listen
 from diffusion.web.settings import Limits, WebSettings
 
@@ -53,12 +54,20 @@ class Served:
         headers = {"content-type": "application/json"}
         return httpx.post(f"{self.url}/gradio_api/queue/join", content=body, headers=headers, timeout=60)
 
+    def stop(self, session: str) -> None:
+        """As the button of the page: past the queue."""
+        body = {"data": [], "session_hash": session}
+        assert httpx.post(f"{self.url}/gradio_api/run/stop", json=body, timeout=60).status_code == 200
+
     def join(self, changed: dict[str, Any], session: str = "stranger") -> dict[str, Any]:
         """As `ask`, and the last message about it."""
         answer = self.ask(changed, session)
         if answer.status_code != 200:
             return {"success": False, "status": answer.status_code, "text": answer.text}
-        event = answer.json()["event_id"]
+        return self.result(answer.json()["event_id"], session)
+
+    def result(self, event: str, session: str) -> dict[str, Any]:
+        """The last message about a request."""
         with httpx.stream("GET", f"{self.url}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
             for line in lines.iter_lines():
                 message = json.loads(line[5:]) if line.startswith("data:") else {}
@@ -95,6 +104,17 @@ def served(engine: Engine, notice: str = "") -> Iterator[Served]:
         engine.close()
         thread.join(timeout=20)
         listener.close()
+
+
+@contextlib.contextmanager
+def run_served(folder: Path) -> Iterator[str]:
+    """The address of the page of a run's folder, until the block ends."""
+    server = make_server(folder, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
 
 
 def row(step: int, **values: float) -> str:

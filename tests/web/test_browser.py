@@ -1,6 +1,7 @@
 """The page in a real Chromium, with a tiny model.
 
-`SCREENSHOTS=docs/images pytest -m slow tests/web/test_browser.py` also writes the pictures of docs/apps.md.
+`SCREENSHOTS=docs/images pytest -m slow tests/web/test_browser.py` also writes the pictures of docs/apps.md; the run
+that they show is the one of `make demo`, or RUN.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pytest
 from PIL import Image
 
 from diffusion.images import decode_image
-from diffusion.inference.recipe import read_recipe
+from diffusion.inference.recipe import read_recipe, save_png
 from tests.web.browser import FLAGS, find_chromium
-from tests.web.serving import Served, make_engine, row, served
+from tests.web.serving import Served, make_engine, row, run_served, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
@@ -217,8 +218,9 @@ def test_controlnet_with_a_preview_of_the_condition(tab: Tab, tmp_path: Path) ->
 
 def test_what_is_wrong_is_said_and_drawing_goes_on(tab: Tab, tmp_path: Path) -> None:
     page = tab.page
+    assert all(page.locator(f"#{name}").is_disabled() for name in ("download", "reuse", "begin"))  # no picture yet
     page.get_by_role("button", name="Draw", exact=True).click()
-    page.get_by_text("the prompt is empty").first.wait_for()
+    page.locator("#stage .failed").get_by_text("The prompt is empty").wait_for()
     page.get_by_label("A picture", exact=True).check()
     (tmp_path / "bad.png").write_bytes(b"no picture")
     page.locator("#image input[type=file]").set_input_files(tmp_path / "bad.png")
@@ -229,6 +231,22 @@ def test_what_is_wrong_is_said_and_drawing_goes_on(tab: Tab, tmp_path: Path) -> 
     assert "Traceback" not in page.content()
     page.get_by_label("Words alone").check()
     tab.draw()
+    page.locator("#reuse:enabled").wait_for()
+
+
+def test_a_recipe_of_a_stranger_is_refused_and_is_no_markup(tab: Tab, tmp_path: Path) -> None:
+    page = tab.page
+    page.get_by_role("button", name="Recipe").click()
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    page.locator("#recipe-upload input[type=file]").set_input_files(tmp_path / "plain.png")
+    page.get_by_text("This picture carries no recipe").wait_for()
+    page.reload()
+    page.get_by_role("button", name="Recipe").click()
+    markup = "<img src=x onerror=alert(1)>"
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "evil.png", {"asked": {"prompt": "fox", "style": markup}})
+    page.locator("#recipe-upload input[type=file]").set_input_files(tmp_path / "evil.png")
+    page.get_by_text(f"Style '{markup}' is unknown").wait_for()
+    assert page.locator("img[src=x]").count() == 0
 
 
 def test_by_keyboard_alone(tab: Tab) -> None:
@@ -283,6 +301,7 @@ def test_phone(browser: Any, site: Served) -> None:
     tab = Tab(context.new_page(), site.url)
     tab.fill("red apple")
     tab.draw()
+    tab.page.wait_for_function("() => document.querySelector('#stage').getBoundingClientRect().top < innerHeight / 2")
     width = tab.page.evaluate("document.documentElement.scrollWidth")
     assert width <= PHONE["width"], f"the page is {width} px wide"
     assert tab.page.get_by_role("button", name="Draw", exact=True).bounding_box()["height"] >= 44
@@ -327,14 +346,14 @@ def test_the_page_of_a_training_run(browser: Any, run: Path, address: str) -> No
 
 
 @pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="set SCREENSHOTS=docs/images to draw them")
+@pytest.mark.timeout(600)
 def test_screenshots(browser: Any, tmp_path: Path) -> None:
     """Pictures of docs/apps.md, with the bundled model."""
     folder = Path(os.environ["SCREENSHOTS"])
     with served(make_engine(ROOT / "output/pretrained_models/emoji-256", tmp_path)) as site:
         context = browser.new_context(viewport={"width": 1280, "height": 960})
         tab = Tab(context.new_page(), site.url)
-        tab.page.locator("#examples .thumbnail-item").nth(2).click()
-        tab.page.wait_for_function("() => document.querySelector('#prompt textarea').value === 'fox'")
+        tab.page.set_default_timeout(150_000)
         for example in (1, 6, 2):
             tab.page.locator("#examples .thumbnail-item").nth(example).click()
             tab.page.wait_for_timeout(800)
@@ -352,7 +371,14 @@ def test_screenshots(browser: Any, tmp_path: Path) -> None:
         tab.page.wait_for_timeout(500)
         tab.page.screenshot(path=tmp_path / "phone.png")
         context.close()
-    for name, width in (("light", 1000), ("phone", 360)):
-        with Image.open(tmp_path / f"{name}.png") as shot:
-            small = shot.convert("RGB").resize((width, shot.height * width // shot.width), Image.Resampling.LANCZOS)
-            small.quantize(192).save(folder / f"app-{name}.png", optimize=True)
+    with run_served(Path(os.environ.get("RUN", ROOT / "output/demo"))) as address:
+        page = browser.new_page(viewport={"width": 1100, "height": 1000})
+        page.goto(address)
+        page.locator("#curve-loss path").first.wait_for()
+        page.screenshot(path=tmp_path / "run-page.png")
+        page.close()
+    for shot, name, width in (("light", "app-light", 1000), ("phone", "app-phone", 360), ("run-page", "run-page", 900)):
+        with Image.open(tmp_path / f"{shot}.png") as picture:
+            height = picture.height * width // picture.width
+            small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            small.quantize(192).save(folder / f"{name}.png", optimize=True)

@@ -125,6 +125,24 @@ def test_places_limits_and_cancelling(engine: Engine) -> None:
     assert "pixart_waiting_requests 0.0" in text
 
 
+def test_a_stop_holds_for_requests_that_came_before_it_and_are_late(engine: Engine) -> None:
+    engine.start()
+    client = Client(engine)
+
+    def ask(arrival: float) -> str:
+        engine.submit(Asked("red apple", **SMALL), "me", "me", client.heard.put, arrival)
+        return client.end().stage
+
+    assert engine.cancel("me", arrival=10.0) == 0
+    assert [ask(9.0), ask(11.0)] == ["stopped", "done"]
+    engine.cancel("me", arrival=8.0)  # overtaken by a later one
+    assert ask(9.0) == "stopped"
+    for number in range(1100):
+        engine.cancel(f"tab{number}")
+    assert len(engine._cancelled) <= 1000
+    assert 'pixart_requests_total{outcome="stopped"} 2.0' in engine.metrics.text().decode()
+
+
 def test_a_user_has_a_share_of_the_queue(engine: Engine) -> None:
     held = Held(engine)
     engine.start()

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save
 
-from diffusion.config.app_cli import app_parser, lcm_app_parser
+from diffusion.config.app_cli import app_parser, controlnet_app_parser, lcm_app_parser
 from diffusion.errors import ConfigError
 from diffusion.web.models import VARIANTS, choose, choose_lcm
 from diffusion.web.server import listen, start_line
 from diffusion.web.settings import WebSettings, read_settings
+from tests.checkpoints.hub_server import running_hub
 from tests.doors import Door
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,12 @@ def test_demo_host_opens_it_and_the_start_line_says_so() -> None:
 def test_arguments_come_first() -> None:
     chosen = settings("--port", "1", "--host", "::1", DEMO_PORT="2", DEMO_HOST="0.0.0.0")
     assert (chosen.host, chosen.port, chosen.is_local) == ("::1", 1, True)
+
+
+def test_when_official_files_are_fetched() -> None:
+    assert settings().fetch is False and settings(DEMO_FETCH="1").fetch is True
+    args = app_parser(None).parse_args([])
+    assert [read_settings(args, {"DEMO_FETCH": "auto"}, on_card=card).fetch for card in (False, True)] == [False, True]
 
 
 def test_a_space_is_open_behind_its_proxy() -> None:
@@ -83,6 +93,39 @@ def test_the_official_model_is_taken_where_it_is(tmp_path: Path, monkeypatch: py
     (tmp_path / "PixArt-XL-2-1024-MS").mkdir()
     chosen, _ = choose(args, VARIANTS["1024"])
     assert (chosen.model, chosen.notice) == (str(tmp_path / "PixArt-XL-2-1024-MS"), "")
+
+
+def test_official_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched only when that is wanted; from the cache without a network; a download that was cut off is none."""
+    monkeypatch.setattr("diffusion.web.models.ROOT", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    weights = save({"weight": torch.zeros(1)})
+    index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    files = {
+        "model_index.json": b"{}",
+        "transformer/diffusion_pytorch_model.safetensors": weights,
+        "vae/diffusion_pytorch_model.safetensors": weights,
+        "text_encoder/model.safetensors.index.json": index,
+        "text_encoder/model-00001-of-00002.safetensors": weights,
+        "text_encoder/model-00002-of-00002.safetensors": weights,
+    }
+    control = {"PixArt-XL-2-1024-ControlNet.pth": b"x"}
+    args, variant = controlnet_app_parser(None).parse_args([]), VARIANTS["CONTROLNET"]
+    repositories = {"PixArt-alpha/PixArt-XL-2-1024-MS": files, "PixArt-alpha/PixArt-ControlNet": control}
+    with running_hub(repositories) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        assert choose(args, variant)[0].model.endswith("emoji-256")
+        chosen = choose(args, variant, fetch=True)[0]
+        assert "PixArt-XL-2-1024-MS" in chosen.model and Path(chosen.options["controlnet"]).read_bytes() == b"x"
+        assert "ControlNetHED.pth" in chosen.notice and chosen.options["edge_detector"] is None
+        (Path(chosen.model) / "text_encoder/model-00002-of-00002.safetensors").unlink()
+        assert choose(args, variant)[0].model.endswith("emoji-256")
+        choose(args, variant, fetch=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    again = choose(args, variant)[0]
+    assert (again.model, again.options["controlnet"]) == (chosen.model, chosen.options["controlnet"])
+    missing = choose(app_parser(None).parse_args([]), VARIANTS["512"], fetch=True)[0]
+    assert missing.model.endswith("emoji-256") and "cannot be fetched" in missing.notice
 
 
 def test_lcm_begins_with_four_steps_only_where_the_model_is_distilled(

@@ -126,6 +126,19 @@ def test_raw_json_draws_too(site: Served) -> None:
     assert site.join({})["success"] is True
 
 
+def test_a_stop_right_after_draw_is_not_lost(site: Served, tmp_path: Path) -> None:
+    """While the picture to begin from is decoded, the request has not reached the engine yet."""
+    large = picture_file(tmp_path / "large.png", (4000, 4000))
+    with large.open("rb") as file:
+        uploaded = httpx.post(f"{site.url}/gradio_api/upload", files={"files": file}, timeout=60).json()[0]
+    image = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
+    event = site.ask({"mode": "image", "image": image, "steps": 100, "pictures": 8}, "hasty").json()["event_id"]
+    site.stop("hasty")
+    said = site.result(event, "hasty")
+    assert said["success"] and "Stopped." in json.dumps(said["output"])
+    assert site.join({}, "hasty")["success"]  # what comes later is drawn
+
+
 def test_a_hostile_picture_is_refused_by_the_one_decoder(client: Client, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"<html>no picture</html>")
