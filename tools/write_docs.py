@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from performance_tables import between_marks, levers_section, readme_table
-
 from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import DataError, run_cli
 
@@ -87,6 +85,8 @@ def flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def performance_page() -> str:
     """Every result in benchmarks/results: figures, command and machine."""
+    from performance_tables import levers_section  # lies beside this program
+
     lines = [
         f"# Performance\n\n{NOTE}",
         "What `benchmarks/` and `tools/evaluate.py` measured, with command, machine and versions; `make bench`",
@@ -196,6 +196,9 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not current")
     args = parser.parse_args()
+
+    from performance_tables import between_marks, readme_table  # lies beside this program
+
     stale = []
     readme = between_marks((ROOT / "README.md").read_text(encoding="utf-8"), readme_table(RESULTS))
     for name, text in {"../README.md": readme, **pages()}.items():

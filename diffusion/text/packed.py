@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.activations import NewGELUActivation
 
 from diffusion.text.int8 import Int8Linear
 
@@ -73,6 +72,8 @@ def _attention(attention: Any, tokens: Tensor, rows: Tensor, places: Tensor, bia
 
 def _feed_forward(feed: Any, tokens: Tensor) -> Tensor:
     """tokens (T, D) -> (T, D), in the dtype of the second layer (float32 in a float16 T5)."""
+    from transformers.activations import NewGELUActivation
+
     if not (hasattr(feed, "wi_1") and isinstance(feed.act, NewGELUActivation)):
         result: Tensor = feed(tokens)
         return result

@@ -158,7 +158,7 @@ def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def tests_of(path: Path) -> dict[str, str]:
+def cases_of(path: Path) -> dict[str, str]:
     """Names of a file's tests, and their decorators as text."""
     functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
     return {node.name: " ".join(map(ast.unparse, node.decorator_list)) for node in functions}
@@ -176,7 +176,7 @@ def test_every_row_of_the_inference_table_is_backed() -> None:
         assert all((ROOT / name).is_file() for name in results), (what, results)
         for file, name in tests:
             path = ROOT / (file if "/" in file else f"tests/inference/{file}")
-            decorators = tests_of(path)[name]
+            decorators = cases_of(path)[name]
             assert results or "is_available" not in decorators, f"{name} needs a card"
     programs, solvers, plans = (set(names(" ".join(column))) for column in list(zip(*table))[1:4])
     assert {path.name for path in (ROOT / "scripts").glob("infer*.py")} <= programs
