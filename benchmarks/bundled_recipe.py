@@ -82,7 +82,7 @@ def on_gpus(args: argparse.Namespace, program: str, *arguments: object) -> Comma
 def texts(args: argparse.Namespace) -> list[Command]:
     corpus, tokenizer = args.work / "texts.safetensors", args.work / "model/tokenizer"
     sources = ["--teacher", args.teacher, "--emojibase", args.emojibase, "--wordnet", args.wordnet]
-    mined = ["--captions", 12, "--texts", corpus, "--wordnet", args.wordnet, "--mined", 24]
+    mined = ["--captions", 12, "--texts", corpus, "--wordnet", args.wordnet, "--mined", 24, "--device", args.device]
     return [
         python(
             "tools/build_text_corpus.py", *sources, "--size", args.texts, "--output", corpus, "--device", args.device

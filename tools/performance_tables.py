@@ -58,21 +58,23 @@ LEVERS = (
 
 
 def readme_table(results: Path) -> str:
-    """Ours against diffusers, one line a row that was measured."""
+    """Ours against diffusers, one line a row that was measured; the others are named below."""
     lines = [
         "| work | ours | diffusers eager | diffusers + compile | ours is faster by |",
         "|---|---|---|---|---|",
     ]
+    missing = []
     for name, title in ROWS.items():
         result = read(results / f"compare_{name}.json")
         if result is None:
-            lines.append(f"| {title} | {MISSING} | | | |")
+            missing.append(title)
             continue
         arms = {row["arm"]: row for row in result["rows"]}
         lead = [f"{gain:.2f}x" for gain in (gain_of(arms, OURS, other) for other in (EAGER, COMPILED)) if gain]
         shown = [figure(arms.get(arm)) for arm in (OURS, EAGER, COMPILED)]
         lines.append(f"| {title} | {' | '.join(shown)} | {', '.join(lead)} |")
-    return "\n".join([*lines, "", *machines(results)])
+    table = [*lines, "", *machines(results), ""] if len(missing) < len(ROWS) else []
+    return "\n".join([*table, *([f"Not measured yet: {'; '.join(missing)}."] if missing else [])]).strip()
 
 
 def machines(results: Path) -> list[str]:
@@ -83,7 +85,7 @@ def machines(results: Path) -> list[str]:
         f"diffusers {result['versions']['diffusers']}"
         for result in found
     )
-    return [f"Measured on {'; '.join(places)}."] if places else ["Nothing was measured yet."]
+    return [f"Measured on {'; '.join(places)}."]
 
 
 def figure(row: dict[str, Any] | None) -> str:

@@ -29,7 +29,7 @@ COMPARISON = (
     "diffusers gets SDPA, bfloat16, fused AdamW, and compiled also fused qkv, a compiled T5 and a compiled NHWC",
     "decoder. FLOPs are those of `benchmarks/flops.py` (1 multiply-add = 2, training = 3 forward passes, nothing",
     "subtracted for what is cached); the share is of the rate of an 8192 x 8192 bfloat16 matrix product in the same",
-    "run (1024, float32 on a CPU). The table of all rows is in the [README](../README.md).\n",
+    "run (1024, float32 on a CPU). The table of all rows is in the README.\n",
     "### Levers\n",
     'Gains are ratios of arms that took turns in one run. "Same" differs by rounding alone.\n',
 )

@@ -65,7 +65,8 @@ class SharedForward:
         return self.network.embed_time(timesteps, **sizes)
 
     def embed_text(self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False) -> TextSignal:
-        """See `PixArt.embed_text`; of the rows that this process draws."""
+        """See `PixArt.embed_text`; of the rows that this process draws. Raises PromptError when rows do not divide."""
+        self._check_rows(len(caption_embeds))
         return self.network.embed_text(self._part(caption_embeds), self._part(caption_mask), project=project)
 
     def predict(self, latents: Tensor, time: TimeSignal, text: TextSignal, **options: Any) -> Tensor:
@@ -76,7 +77,8 @@ class SharedForward:
         Raises:
             PromptError: rows or a height that do not divide.
         """
-        self._check(latents)
+        self._check_rows(len(latents))
+        self._check_height(latents.shape[2])
         if len(time.modulation) > 1:  # a single row serves all
             time = TimeSignal(*map(self._part, time))
         options = {name: self._part(value) for name, value in options.items()}
@@ -93,13 +95,14 @@ class SharedForward:
         rows = value.chunk(self.row_groups)[self._row_group]
         return self._sharing.strip(rows, dim=2) if self._sharing is not None and rows.ndim == 4 else rows
 
-    def _check(self, latents: Tensor) -> None:
-        rows, height = len(latents), latents.shape[2]
+    def _check_rows(self, rows: int) -> None:
         if rows % self.row_groups:
             raise PromptError(
                 f"a batch of {rows} without guidance does not divide by {self.row_groups} groups of processes; draw a "
                 f"multiple of {self.row_groups} at a time, or share the tokens alone (row_groups=1)"
             )
+
+    def _check_height(self, height: int) -> None:
         config = self.network.config
         unit = config.patch_size * self.sequence * (config.kv_compress.scale_factor if config.kv_compress else 1)
         if height % unit:

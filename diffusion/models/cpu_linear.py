@@ -56,6 +56,8 @@ def use_onednn(network: Network, enabled: bool = True) -> Network:
 
 def _suits(layer: nn.Linear, inputs: Tensor) -> bool:
     weight = layer.weight
+    if torch.compiler.is_compiling():  # the compiler has products of its own
+        return False
     if torch.is_grad_enabled() or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return type(weight) is nn.Parameter and inputs.dtype == weight.dtype == torch.float32

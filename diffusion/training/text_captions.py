@@ -68,7 +68,12 @@ def caption_variants(row: dict[str, Any], count: int, seed: int, excluded: Seque
 
 
 def mine_captions(
-    rows: Sequence[dict[str, Any]], data: TeacherTexts, senses: Sequence[Sense], count: int, seed: int
+    rows: Sequence[dict[str, Any]],
+    data: TeacherTexts,
+    senses: Sequence[Sense],
+    count: int,
+    seed: int,
+    device: str = "cpu",
 ) -> dict[str, list[str]]:
     """Up to `count` texts of the corpus for every concept that mean it, the definitions first.
 
@@ -76,6 +81,7 @@ def mine_captions(
         rows: rows of the bundled metadata; only captions of the train split are read.
         data: corpus with the teacher's embeddings; it must hold the rows' captions.
         senses: of WordNet, whose texts are in the corpus.
+        device: where texts are compared with captions.
     """
     index = {text: number for number, text in enumerate(data.texts)}
     meanings: dict[str, list[int]] = {}
@@ -91,7 +97,7 @@ def mine_captions(
     owner = torch.tensor([number for number, concept in enumerate(concepts) for _ in meanings[concept]])
     captions = data.embeddings[[text for concept in concepts for text in meanings[concept]]]
     found: dict[str, list[str]] = {concept: [] for concept in concepts}
-    for number, text in zip(*(part.tolist() for part in _confident(data.embeddings, captions, owner))):
+    for number, text in zip(*(part.tolist() for part in _confident(data.embeddings, captions, owner, device))):
         if not _NAMED_PICTURE.search(data.texts[text]):
             found[concepts[number]].append(data.texts[text])
     defined = _definitions(keywords, senses, data.embeddings, index)
@@ -103,22 +109,25 @@ def mine_captions(
     return mined
 
 
-def _confident(embeddings: Tensor, captions: Tensor, owner: Tensor, part: int = 4096) -> tuple[Tensor, Tensor]:
+def _confident(
+    embeddings: Tensor, captions: Tensor, owner: Tensor, device: str, part: int = 4096
+) -> tuple[Tensor, Tensor]:
     """Concept and text numbers (each (M,)) of the texts that are close to one concept and not to another.
 
     embeddings (N, K) of the texts, captions (C, K) of the concepts, `owner` (C,) which concept each is of.
     """
     concepts, texts = [], []
+    captions, owner = captions.to(device), owner.to(device)
     for start in range(0, len(embeddings), part):
-        similarity = embeddings[start : start + part] @ captions.T
+        similarity = embeddings[start : start + part].to(device) @ captions.T
         best = similarity.new_full((len(similarity), int(owner.max()) + 1), -1.0)
         best.scatter_reduce_(1, owner.expand(len(similarity), -1), similarity, "amax")
         top = best.topk(min(2, best.shape[1]), dim=1)
         sure = top.values[:, 0] >= _NEAREST
         if best.shape[1] > 1:
             sure &= top.values[:, 0] - top.values[:, 1] >= _MARGIN
-        texts.append(sure.nonzero()[:, 0] + start)
-        concepts.append(top.indices[sure, 0])
+        texts.append((sure.nonzero()[:, 0] + start).cpu())
+        concepts.append(top.indices[sure, 0].cpu())
     return torch.cat(concepts), torch.cat(texts)
 
 

@@ -42,11 +42,17 @@ class TeacherTexts:
 
 
 def embed_texts(
-    folder: str | Path, texts: Sequence[str], *, device: str = "cpu", batch_size: int = 128, max_length: int = 64
+    folder: str | Path,
+    texts: Sequence[str],
+    *,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    max_length: int = 64,
 ) -> Tensor:
     """Mean-pooled, normalised sentence embeddings of a BERT-like encoder (all-MiniLM-L6-v2): (N, C) float32.
 
-    Texts are sorted by length, so that little padding is computed. Raises CheckpointError when `folder` is no model.
+    Texts are sorted by length, so that little padding is computed; a GPU takes more at a time. Raises CheckpointError
+    when `folder` is no model.
     """
     from tqdm import tqdm
     from transformers import AutoModel, AutoTokenizer
@@ -58,6 +64,7 @@ def embed_texts(
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder} holds no sentence encoder ({reason}); pass the folder of MiniLM") from error
     model = model.to(device).eval()
+    batch_size = batch_size or (128 if device == "cpu" else 1024)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     embeddings = torch.empty(len(texts), model.config.hidden_size)
     with torch.inference_mode(), tqdm(total=len(texts), unit="text", desc="teacher", mininterval=2) as progress:
