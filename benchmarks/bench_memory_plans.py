@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from random_parts import text_config
 from report import write_report
 
 from diffusion.errors import run_cli
@@ -98,7 +99,7 @@ def build_pipeline(args: argparse.Namespace, row: Row) -> Any:
     """Random full-size (or tiny) parts on the CPU."""
     import torch
     from diffusers import AutoencoderKL
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    from transformers import AutoTokenizer, T5EncoderModel
 
     from diffusion.checkpoints import materialize_buffers
     from diffusion.inference import PixArtPipeline, make_scheduler
@@ -107,22 +108,12 @@ def build_pipeline(args: argparse.Namespace, row: Row) -> Any:
 
     dtype = getattr(torch, row.dtype)
     width, layers, heads = (64, 3, 4) if args.tiny else (4096, 24, 64)
-    text_config = T5Config(
-        vocab_size=32128,
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=width * 5 // 2,
-        num_layers=layers,
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
     size = args.size // 8
     network = {"input_size": size, "pe_interpolation": 2.0, "caption_channels": width}
     if args.tiny:
         network |= {"hidden_size": 48, "num_heads": 4, "depth": 2}
     with torch.device("meta"):
-        text_encoder = T5EncoderModel(text_config)
+        text_encoder = T5EncoderModel(text_config(width, layers, heads))
         transformer = build_model("PixArtMS_XL_2", **network)
     materialize(text_encoder, 1, args.device, dtype)
     if not args.tiny:

@@ -74,12 +74,11 @@ def as_diffusers(network: Any) -> Any:
     return twin.eval()
 
 
-def make_text_encoder(size: Size, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """The bundled tokenizer, and a T5 encoder of that vocabulary with random weights."""
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+def text_config(width: int, layers: int, heads: int) -> Any:
+    """A T5 encoder with the proportions and the vocabulary of T5 v1.1."""
+    from transformers import T5Config
 
-    width, layers, heads = size.text
-    config = T5Config(
+    return T5Config(
         vocab_size=32128,
         d_model=width,
         d_kv=width // heads,
@@ -89,6 +88,13 @@ def make_text_encoder(size: Size, device: Any, dtype: Any) -> tuple[Any, Any]:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
+
+
+def make_text_encoder(size: Size, device: Any, dtype: Any) -> tuple[Any, Any]:
+    """The bundled tokenizer, and a T5 encoder of that vocabulary with random weights."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    config = text_config(*size.text)
     with _made_on(device, dtype):
         encoder = T5EncoderModel(config).eval().requires_grad_(False)
     return AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True), encoder

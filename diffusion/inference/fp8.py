@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.models import ControlPixArt, PixArt
+from diffusion.models.kernels import FP8_LAYERS
+from diffusion.models.kernels.fp8 import quantise
 
 FORMAT = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FORMAT).max  # 448
-_SMALLEST_SCALE = 1e-12
-# Layers whose product gains more than the cast of their inputs costs; the narrow projections do not.
-LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
 
 
 class Fp8Linear(nn.Module):
@@ -34,7 +32,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = quantize_rows(linear.weight.detach())
+        weight, scale = quantise(linear.weight.detach(), by_row=True)
         self.register_buffer("weight_bytes", weight.view(torch.uint8))
         self.register_buffer("scale", scale)  # (N, 1) float32
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
@@ -43,7 +41,7 @@ class Fp8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         weight = self.weight_bytes.view(FORMAT)
-        rows, scale = quantize_rows(inputs.flatten(0, -2))
+        rows, scale = quantise(inputs.flatten(0, -2), by_row=True)
         if has_fp8_products(inputs.device):
             out = torch._scaled_mm(
                 rows,
@@ -60,26 +58,19 @@ class Fp8Linear(nn.Module):
         return out.unflatten(0, inputs.shape[:-1])
 
 
-def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) -> FP8 (M, K) and scales (M, 1) float32, so that values = FP8 * scale; the largest of a row is exact."""
-    values = values.float()
-    scale = (values.abs().amax(dim=-1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST_SCALE)
-    return (values / scale).clamp(-_LARGEST, _LARGEST).to(FORMAT), scale
-
-
 def has_fp8_products(device: torch.device) -> bool:
     """Whether a device multiplies FP8 with a scale a row: CUDA from compute capability 8.9."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize_network(network: PixArt | ControlPixArt) -> int:
-    """Replace the layers named in LAYERS of all blocks, a ControlNet's too; returns how many."""
+    """Replace the layers named in FP8_LAYERS of all blocks, a ControlNet's too; returns how many."""
     count = 0
     blocks = [*network.blocks] if isinstance(network, PixArt) else [*network.base_model.blocks]
     if isinstance(network, ControlPixArt):
         blocks += [block.copied_block for block in network.controlnet]
     for block in blocks:
-        for path in LAYERS:
+        for path in FP8_LAYERS:
             owner, _, name = path.rpartition(".")
             parent = block.get_submodule(owner)
             setattr(parent, name, Fp8Linear(getattr(parent, name)))

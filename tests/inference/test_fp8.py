@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.inference.fp8 import FORMAT, LAYERS, Fp8Linear, has_fp8_products, quantize_network, quantize_rows
+from diffusion.inference.fp8 import FORMAT, Fp8Linear, has_fp8_products, quantize_network
 from diffusion.models import ControlPixArt
+from diffusion.models.kernels import FP8_LAYERS
+from diffusion.models.kernels.fp8 import quantise
 from tests.inference.tiny_pipeline import tiny_transformer
 
 
@@ -17,7 +19,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_rows_are_rounded_to_three_bits() -> None:
     rows = values(7, 64) * torch.logspace(-6, 6, 7)[:, None]
-    quantized, scale = quantize_rows(rows)
+    quantized, scale = quantise(rows, by_row=True)
     restored = quantized.float() * scale
     assert quantized.dtype == FORMAT
     largest = rows.abs().amax(1)
@@ -28,7 +30,7 @@ def test_rows_are_rounded_to_three_bits() -> None:
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    quantized, scale = quantize_rows(torch.zeros(2, 8))
+    quantized, scale = quantise(torch.zeros(2, 8), by_row=True)
     assert torch.equal(quantized.float() * scale, torch.zeros(2, 8))
 
 
@@ -37,8 +39,8 @@ def test_a_layer_multiplies_the_rounded_values(dtype: torch.dtype) -> None:
     linear = nn.Linear(32, 48).to(dtype)
     layer = Fp8Linear(linear)
     inputs = values(2, 5, 32).to(dtype)
-    rows, scale = quantize_rows(inputs.flatten(0, 1))
-    weight, weight_scale = quantize_rows(linear.weight.detach())
+    rows, scale = quantise(inputs.flatten(0, 1), by_row=True)
+    weight, weight_scale = quantise(linear.weight.detach(), by_row=True)
     by_hand = (rows.double() * scale) @ (weight.double() * weight_scale).t() + linear.bias.detach().double()
     found = layer(inputs)
     assert found.dtype == dtype and found.shape == (2, 5, 48)
@@ -56,8 +58,8 @@ def test_bytes_survive_a_cast_of_the_network() -> None:
 
 def test_the_named_layers_of_all_blocks_are_replaced() -> None:
     network = tiny_transformer(depth=3)
-    assert quantize_network(ControlPixArt(network, 2)) == 5 * len(LAYERS)
-    assert all(isinstance(block.get_submodule(path), Fp8Linear) for block in network.blocks for path in LAYERS)
+    assert quantize_network(ControlPixArt(network, 2)) == 5 * len(FP8_LAYERS)
+    assert all(isinstance(block.get_submodule(path), Fp8Linear) for block in network.blocks for path in FP8_LAYERS)
     assert type(network.blocks[0].cross_attn.kv_linear) is nn.Linear
 
 
