@@ -36,16 +36,19 @@ from diffusion.errors import run_cli
 
 CONFIG = "configs/emoji/emoji_256.py"
 PARTS = "output/pretrained_models/emoji-256"
-# Min-SNR would weigh velocities at high noise as little as noise predictions, where it is decided what picture it is.
-VELOCITY = ["process.prediction_type=v_prediction", "process.min_snr_gamma=None"]
-FLOW = ["process.prediction_type=flow", "pred_sigma=False", "process.min_snr_gamma=None"]
+NOISE = ["process.prediction_type=epsilon"]
+FLOW = ["process.prediction_type=flow", "pred_sigma=False"]
 REPA = ["repa.features='output/features/emoji-alignment'", "repa.block=4", "repa.head_width=512"]
 ARMS: dict[str, list[str]] = {
     "base": [],
     "unbalanced": ["data.balance_by=None"],
     "no variance": ["pred_sigma=False"],
-    "no min-SNR": ["process.min_snr_gamma=None"],
+    "min-SNR": ["process.min_snr_gamma=5.0"],
     "logit-normal": ["process.timestep_sampling=logit_normal"],
+    "noise": [*NOISE],
+    "noise, min-SNR": [*NOISE, "process.min_snr_gamma=5.0"],
+    "flow": [*FLOW],
+    "flow, logit-normal": [*FLOW, "process.timestep_sampling=logit_normal"],
     "caption dropout 0.05": ["class_dropout_prob=0.05"],
     "caption dropout 0.2": ["class_dropout_prob=0.2"],
     "labels only": ["data.max_captions=1"],
@@ -53,19 +56,12 @@ ARMS: dict[str, list[str]] = {
     "constant lr": ["lr_schedule=constant"],
     "narrow and deep": ["hidden_size=192", "depth=18", "num_heads=3"],
     "wide and shallow": ["hidden_size=320", "depth=6", "num_heads=5"],
-    "batch 256": ["train_batch_size=256", "optimizer.lr=1e-3"],
-    "batch 512": ["train_batch_size=512", "optimizer.lr=1.2e-3"],
-    "Muon": ["optimizer.type=Muon", "optimizer.lr=3e-3"],
-    "Muon, batch 256": ["optimizer.type=Muon", "optimizer.lr=1.5e-3", "train_batch_size=256"],
-    "velocity, min-SNR": ["process.prediction_type=v_prediction"],
-    "velocity": [*VELOCITY],
-    "velocity, no variance": [*VELOCITY, "pred_sigma=False"],
-    "velocity, logit-normal": [*VELOCITY, "process.timestep_sampling=logit_normal"],
-    "velocity, batch 512": [*VELOCITY, "train_batch_size=512", "optimizer.lr=1.2e-3"],
-    "velocity, Muon": [*VELOCITY, "optimizer.type=Muon", "optimizer.lr=3e-3"],
-    "velocity, Muon, batch 512": [*VELOCITY, "optimizer.type=Muon", "optimizer.lr=2e-3", "train_batch_size=512"],
-    "flow": [*FLOW],
-    "flow, logit-normal": [*FLOW, "process.timestep_sampling=logit_normal"],
+    "batch 256": ["train_batch_size=256", "optimizer.lr=2e-3"],
+    "batch 1024": ["train_batch_size=1024", "optimizer.lr=4.5e-3"],
+    "lr 1.5e-3": ["optimizer.lr=1.5e-3"],
+    "lr 6e-3": ["optimizer.lr=6e-3"],
+    "AdamW": ["optimizer.type=AdamW", "optimizer.lr=1.2e-3"],
+    "AdamW, noise, min-SNR": [*NOISE, "process.min_snr_gamma=5.0", "optimizer.type=AdamW", "optimizer.lr=1.2e-3"],
     "TREAD": ["tread.first_block=2", "tread.last_block=7"],
     "TREAD, ended": ["tread.first_block=2", "tread.last_block=7", "tread.until_step={90%}"],
     "REPA": [*REPA],

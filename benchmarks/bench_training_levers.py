@@ -32,15 +32,13 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "attention": (True, {"attention": "auto"}, None),
     "spare": (True, {"attention": "auto", "text": "spare"}, None),
     "packed": (True, {"attention": "auto", "text": "packed"}, None),
-    "fused": (True, {"fused": True}, None),
-    "fused, bf16 stream": (True, {"fused": True, "bf16_stream": True}, None),
-    "exact": (True, {"attention": "auto", "text": "packed", "fused": True, "bf16_stream": True}, None),
-    "exact, spare": (True, {"attention": "auto", "text": "spare", "fused": True, "bf16_stream": True}, None),
-    "exact, compiler's norms": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, None),
+    "fused, eager": (False, {"fused": True, "bf16_stream": True}, None),
+    "exact": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, None),
+    "exact, spare": (True, {"attention": "auto", "text": "spare", "bf16_stream": True}, None),
     "fp8 rowwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "rowwise"),
     "fp8 tensorwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "tensorwise"),
 }
-PROFILED = ("compile", "exact", "exact, compiler's norms", "fp8 rowwise")
+PROFILED = ("compile", "exact", "fp8 rowwise")
 BATCHES = {256: 128, 512: 32, 1024: 8}
 
 

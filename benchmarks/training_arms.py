@@ -29,7 +29,7 @@ from diffusion.training import Reporting, Trainer, denoising_objective
 # Options of the config by arm, the one place that knows the fastest; on a CPU "ours" is compiled blocks alone.
 _KERNELS = {"attention": "auto", "text": "packed", "bf16_stream": True}
 OURS: dict[str, dict[str, Any]] = {
-    "ours": {"compile": True, "kernels": {**_KERNELS, "fused": True}},
+    "ours": {"compile": True, "kernels": {**_KERNELS}},
     "ours-fp8": {"compile": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},
     "ours-compile": {"compile": True},
     "ours-eager": {},

@@ -12,12 +12,12 @@ caption_channels = 256
 class_dropout_prob = 0.1
 null_caption = "t5_empty"  # guides correctly in stock diffusers pipelines too
 pipeline_load_from = "output/pretrained_models/emoji-256"  # tokenizer, T5 and VAE of the validation pictures
-scale_factor = 0.27562829808787287  # scaling_factor in <pipeline_load_from>/vae/config.json
+scale_factor = 0.2668748370943746  # scaling_factor in <pipeline_load_from>/vae/config.json
 
 process = dict(
     noise_schedule="linear",
-    min_snr_gamma=5.0,
-    prediction_type="epsilon",  # or "v_prediction": training from scratch and all fine-tuning follow this line
+    # Velocities, weighed evenly: noise prediction learns high noise, where it is decided what is drawn, last of all.
+    prediction_type="v_prediction",  # fine-tuning follows this line
 )
 gradient_clip = 1.0
 auto_lr = None  # the learning rates are written for the batches of these configs

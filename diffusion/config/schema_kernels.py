@@ -29,7 +29,9 @@ class KernelsConfig(Section):
         "use its fastest kernels; or captions packed one after another.",
     )
     fused: bool = Field(
-        default=False, description="Norms, gates and GELU as Triton kernels (CUDA; plain torch elsewhere)."
+        default=False,
+        description="Norms, gates and GELU as Triton kernels, in blocks that are not compiled (CUDA; plain torch "
+        "elsewhere).",
     )
     bf16_stream: bool = Field(
         default=False, description="Under autocast, keep tokens between blocks in its precision instead of float32."

@@ -170,6 +170,13 @@ def test_bf16_on_a_gpu_is_as_exact_as_plain_bf16(kernels: Kernels, compiled: boo
     assert distance(ours, exact) < 1.5 * distance(plain, exact)
 
 
+@gpu
+def test_packed_text_without_autocast_is_as_exact_as_a_mask() -> None:
+    exact = results(network(device="cuda").double(), inputs("cuda"))
+    given = inputs("cuda", torch.float32)
+    assert distance(results(network(Kernels(text="packed"), "cuda"), given), exact) < 1e-5
+
+
 # ---- FP8 ----
 
 

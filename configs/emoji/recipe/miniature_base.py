@@ -4,7 +4,8 @@
 # Batch: 256 per process x 1 process x 1 accumulation = 256 a step.
 # Hardware: one CUDA GPU with bf16.
 _base_ = ["../emoji_base.py"]
-process = dict(prediction_type="epsilon")  # the DiT of the first stage predicts noise, and the others start from it
+# The DiT of the first stage predicts noise, and the others start from it.
+process = dict(prediction_type="epsilon", min_snr_gamma=5.0)
 num_workers = 4
 train_batch_size = 256
 num_epochs = 100000  # max_steps ends the run

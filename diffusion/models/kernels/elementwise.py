@@ -20,8 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether the Triton kernels run there."""
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+    """Whether the Triton kernels run there; in compiled blocks the compiler fuses by itself."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED) and not torch.compiler.is_compiling()
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
