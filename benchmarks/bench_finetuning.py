@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def build(name: str, config: Any, device: Any) -> tuple[Any, Any]:
     if name == "lcm lora":
         start_lora(network.requires_grad_(False), config.lora_rank, alpha=config.lora_rank)
         objective = consistency_objective(config, None)
-        objective.roles = Roles(network, network, partial(adapters_off, network))
+        objective.roles = Roles(None, None, adapters_off)
         return network.to(device), objective
     if config.lora is not None:
         adapt(network, config)

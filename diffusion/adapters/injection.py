@@ -92,13 +92,17 @@ def add_adapter(network: PixArt, adapter: Adapter, name: str) -> None:
 
 
 @torch.no_grad()
-def write_factors(network: PixArt, adapter: Adapter, name: str = DEFAULT) -> None:
+def write_factors(
+    network: PixArt, adapter: Adapter, name: str = DEFAULT, *, values: Mapping[str, Tensor] | None = None
+) -> None:
     """Overwrite the factors that a network holds under `name`; the layers must be the same.
 
+    Args:
+        values: tensors to overwrite instead of the network's own, by the names of its parameters.
     Raises:
         CheckpointError: other layers or ranks than the network's adapter has.
     """
-    held = read_adapter_from(network, name)
+    held = read_adapter_from(network, name, values=values)
     ranks = {layer: factors.rank for layer, factors in held.layers.items()}
     given = {layer: factors.rank for layer, factors in adapter.layers.items()}
     if ranks != given:

@@ -41,7 +41,9 @@ def _lean_linear() -> Any:
             factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
             down, up = (factor.weight for factor in factors)
             if not torch.is_autocast_enabled(x.device.type):  # which casts what products get
-                down, up = down.to(x.dtype), up.to(x.dtype)
+                x, down, up = (
+                    tensor.to(output.dtype) for tensor in (x, down, up)
+                )  # an int8 base has a dtype of its own
             product = F.linear(x, down).flatten(0, -2)
             summed = torch.addmm(output.flatten(0, -2), product, up.t(), alpha=float(self.scaling[name]))
             return summed.view(output.shape)

@@ -87,7 +87,7 @@ class FastPath:
         kernel_cache()
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
         mode = "max-autotune-no-cudagraphs" if settings.autotune else None
-        for block in network_blocks(network):
+        for block in network.blocks:
             block.compile(fullgraph=True, dynamic=False, mode=mode)
         if device.type == "cuda" and self.can_decode(vae):
             vae.decoder.compile(dynamic=False, mode=mode)
@@ -207,7 +207,7 @@ class FastSampling:
         """Draw plainly again; what was cast or put into FP8 stays so."""
         self._fast, network = None, self.controlnet or self.transformer
         use_kernels(network, Kernels())
-        modules = [*network_blocks(network), getattr(self.vae, "decoder", None)]
+        modules = [*network.blocks, getattr(self.vae, "decoder", None)]
         for module in modules:
             if isinstance(module, nn.Module):
                 module._compiled_call_impl = None
@@ -216,12 +216,6 @@ class FastSampling:
     def fast_settings(self) -> FastSettings | None:
         """What fast sampling was asked for; None = it is off."""
         return None if self._fast is None else self._fast.settings
-
-
-def network_blocks(network: Any) -> list[Any]:
-    """The blocks of a network, a ControlNet's with those of its base."""
-    base = getattr(network, "base_model", network)
-    return [*base.blocks, *getattr(network, "controlnet", ())]
 
 
 def padded_length(tokens: int) -> int:

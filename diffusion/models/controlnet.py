@@ -79,6 +79,11 @@ class ControlPixArt(nn.Module):
         return self.base_model.config
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """Those of the base model, then the control blocks."""
+        return [*self.base_model.blocks, *self.controlnet]
+
+    @property
     def y_embedder(self) -> nn.Module:
         """Of the base model: it holds the null caption."""
         return self.base_model.y_embedder

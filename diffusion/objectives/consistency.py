@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.objectives.denoising import DenoisingObjective, LatentBatch, LossOutput, predict
+from diffusion.objectives.denoising import DenoisingObjective, LatentBatch, LossOutput, predict, unwrap
 from diffusion.process import (
     DDIMGrid,
     FlowGrid,
@@ -28,17 +28,17 @@ from diffusion.process import (
 
 @dataclass
 class Roles:
-    """The networks around the student: each is called like it, without gradients.
+    """The networks around the student: each is called like it, without gradients. None = the student itself.
 
     Args:
         teacher: the model that is distilled.
         target: gives what the student is compared with: the student's average, or the student itself.
-        as_teacher: entered while the teacher predicts (an adapter is switched off in it).
+        as_teacher: called with the teacher, and entered while that predicts (its adapter is switched off).
     """
 
-    teacher: nn.Module
-    target: nn.Module
-    as_teacher: Callable[[], contextlib.AbstractContextManager[object]] = field(default=contextlib.nullcontext)
+    teacher: nn.Module | None
+    target: nn.Module | None
+    as_teacher: Callable[[nn.Module], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
 @dataclass
@@ -78,6 +78,7 @@ class ConsistencyObjective(DenoisingObjective):
         """One pass of the student with gradients, three without; see `DenoisingObjective.loss` for the draws."""
         assert self.roles is not None  # the trainer has set them
         roles, numbers = self.roles, batch.sample_numbers
+        teacher, target = (unwrap(model) if role is None else role for role in (roles.teacher, roles.target))
         latents = self.sample(batch.latents_mean, batch.latents_std, numbers, seed, "posterior")
         noise = keyed_normal(seed, "noise", numbers, latents.shape[1:])
         begin, end = self.grid.interval(keyed_timesteps(seed, numbers, self.num_ddim_steps))
@@ -100,13 +101,13 @@ class ConsistencyObjective(DenoisingObjective):
         x0, _ = implied(output_of(model, noisy, begin, captions), noisy, begin)
         student = self.grid.consistency(noisy, x0, begin)
         with torch.no_grad():
-            with roles.as_teacher():
-                conditional = output_of(roles.teacher, noisy, begin, captions)
-                unconditional = output_of(roles.teacher, noisy, begin, null)
+            with roles.as_teacher(teacher):
+                conditional = output_of(teacher, noisy, begin, captions)
+                unconditional = output_of(teacher, noisy, begin, null)
             guided = conditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
             earlier = self.grid.step(*implied(guided, noisy, begin), end)
-            x0, _ = implied(output_of(roles.target, earlier, end, captions), earlier, end)
-            target = self.grid.consistency(earlier, x0, end)
-        difference = student - target
+            x0, _ = implied(output_of(target, earlier, end, captions), earlier, end)
+            goal = self.grid.consistency(earlier, x0, end)
+        difference = student - goal
         distance = mean_square(difference) if self.huber_c is None else pseudo_huber(difference, self.huber_c)
         return LossOutput(distance.mean(), {"distance": distance.detach()})

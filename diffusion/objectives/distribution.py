@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class OneStepNetworks(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.generator.device
+
+    def compile_blocks(self, *, dynamic: bool | None = None) -> None:
+        """See `PixArt.compile_blocks`."""
+        for network in (self.generator, self.fake):
+            network.compile_blocks(dynamic=dynamic)
 
     def forward(self, name: str, *inputs: Tensor, **named: Tensor) -> Tensor:
         output: Tensor = self.get_submodule(name)(*inputs, **named)
@@ -99,13 +105,10 @@ class DistributionMatching(DenoisingObjective):
         def x0_of(output: Tensor, x: Tensor, t: Tensor) -> Tensor:
             return process.x0_and_noise(output, x, t, kind)[0]
 
-        def named(name: str) -> Callable[..., Tensor]:
-            return lambda *inputs, **more: model(name, *inputs, **more)
-
         paired = self.regression_weight > 0
         start = pair_noise(batch.keys, shape, numbers.device) if paired else keyed_normal(seed, "noise", numbers, shape)
         begin = torch.full_like(numbers, self.generator_timestep)
-        drawn = x0_of(output_of(named("generator"), start, begin, captions), start, begin)
+        drawn = x0_of(output_of(partial(model, "generator"), start, begin, captions), start, begin)
         still = drawn.detach()
 
         with torch.no_grad():
@@ -114,7 +117,7 @@ class DistributionMatching(DenoisingObjective):
             assert self.teacher is not None  # the trainer has set it
             conditional, unconditional = (output_of(self.teacher, noisy, t, caption) for caption in (captions, null))
             real = x0_of(unconditional + self.guidance_scale * (conditional - unconditional), noisy, t)
-            fake = x0_of(output_of(unwrapped(model).fake, noisy, t, captions), noisy, t)
+            fake = x0_of(output_of(partial(unwrapped(model), "fake"), noisy, t, captions), noisy, t)
             # Eq. 7-8: (s_fake - s_real) sigma / alpha = (fake - real) / sigma, over the distance from the real one.
             weight = 1 / ((still - real).abs().flatten(1).mean(1) + 1e-5).view(-1, 1, 1, 1)
             goal = still - weight * (fake - real) / process.gather("sqrt_one_minus_alpha_bar", t, noisy)
@@ -122,7 +125,7 @@ class DistributionMatching(DenoisingObjective):
 
         t = (keyed_uniform(seed, "fake_timestep", numbers) * process.num_timesteps).long()
         noise = keyed_normal(seed, "fake_noise", numbers, shape)
-        found = output_of(named("fake"), process.q_sample(still, t, noise), t, captions)
+        found = output_of(partial(model, "fake"), process.q_sample(still, t, noise), t, captions)
         denoising = prediction_mse(found, process.target(still, t, noise, kind))
 
         metrics = {"matching": matching.detach(), "fake": denoising.detach()}

@@ -9,9 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.adapters import read_adapter, read_adapter_from, write_factors, write_layout
+from diffusion.adapters import (
+    Adapter,
+    adapter_parameters,
+    read_adapter,
+    read_adapter_from,
+    write_factors,
+    write_layout,
+)
 from diffusion.config import TrainConfig
 from diffusion.training.family import Family
+from diffusion.training.sharding import gather, parts_like
 
 
 def family_of(config: TrainConfig) -> Family:
@@ -33,7 +41,19 @@ class AdapterFamily(Family):
 
     def restore(self, network: Any, folder: Path, *, ema: bool) -> None:
         """Raises CheckpointError: no adapter there, or of another rank."""
-        write_factors(network, read_adapter(_folder(folder, ema)))
+        load_adapter(network, read_adapter(_folder(folder, ema)))
+
+
+def load_adapter(network: Any, adapter: Adapter) -> None:
+    """`write_factors` into a network that may be sharded.
+
+    Raises:
+        CheckpointError: other layers or ranks than the network's adapter has.
+    """
+    own = adapter_parameters(network)
+    held = gather(own, keep=True)
+    write_factors(network, adapter, values=held)
+    network.load_state_dict(parts_like(own, held), strict=False)
 
 
 def _folder(folder: Path, ema: bool) -> Path:

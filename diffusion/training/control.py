@@ -23,6 +23,7 @@ from diffusion.objectives.control import ConditionOfLatents
 from diffusion.training.building import build_training_data, denoising_objective
 from diffusion.training.family import OnABase
 from diffusion.training.optimization import WeightAverage
+from diffusion.training.sharding import parts_like
 from diffusion.training.validation import PromptGrid
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class ControlNet(OnABase):
         path = find_branch(folder, ema=ema)
         if path is None:
             raise CheckpointError(f"{folder} holds no controlnet/; give a checkpoint-N of train_controlnet.py")
-        load_branch(network, read_branch(path)[1], folder)
+        load_branch(network, parts_like(network.state_dict(), read_branch(path)[1]), folder)
 
 
 def condition_of_latents(config: TrainConfig, device: torch.device) -> ConditionOfLatents:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.adapters import (
-    adapters_off,
-    read_adapter,
-    read_adapter_from,
-    start_lora,
-    write_adapter,
-    write_factors,
-)
+from diffusion.adapters import adapters_off, read_adapter, read_adapter_from, start_lora, write_adapter
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
 from diffusion.inference import make_scheduler
 from diffusion.inference.solvers import stock_scheduler
 from diffusion.objectives import ConsistencyObjective, Objective, Roles
+from diffusion.training.adapter_family import load_adapter
 from diffusion.training.building import denoising_objective
 from diffusion.training.family import OnABase
 from diffusion.training.optimization import WeightAverage
+from diffusion.training.parallel import place_frozen
+from diffusion.training.sharding import shell_of
 from diffusion.training.validation import PromptGrid
 
 
@@ -80,9 +75,9 @@ class LCM(OnABase):
 
     def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, ConsistencyObjective) and average is not None
-        target = copy.deepcopy(network).requires_grad_(False)
-        target.load_state_dict(average.tensors, assign=True)  # one memory: it is the average, always
-        objective.roles = Roles(self.teacher.to(network.device).eval(), target.eval())
+        target = place_frozen(shell_of(network), network, config)
+        average.live_in(target)
+        objective.roles = Roles(place_frozen(self.teacher, network, config), target)
 
     def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
         return PromptGrid(config, device, "lcm")
@@ -115,7 +110,7 @@ class LCMLoRA(LCM):
 
     def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, ConsistencyObjective)
-        objective.roles = Roles(network, network, partial(adapters_off, network))
+        objective.roles = Roles(None, None, adapters_off)
 
     def write(
         self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool
@@ -123,4 +118,4 @@ class LCMLoRA(LCM):
         write_adapter(replace(read_adapter_from(network, values=tensors), base_model=self.base), folder)
 
     def restore(self, network: Any, folder: Path, *, ema: bool) -> None:
-        write_factors(network, read_adapter(folder))
+        load_adapter(network, read_adapter(folder))

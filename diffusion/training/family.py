@@ -106,7 +106,7 @@ class OnABase(Family):
 
         if start is None:
             raise ConfigError(f"load_from: the {self.base_name} is missing; give its weights with --load-from")
-        options = (("posthoc_ema", None), ("strategy", "ddp"), ("lora", None), ("tread", None), ("repa", None))
+        options = (("posthoc_ema", None), ("lora", None), ("tread", None), ("repa", None))
         for name, off in options:
             if getattr(config, name) != off:
                 raise ConfigError(f"{name} is not offered by this program; set {name}={off}")

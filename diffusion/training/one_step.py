@@ -26,6 +26,7 @@ from diffusion.objectives import DistributionMatching, OneStepNetworks, pair_noi
 from diffusion.training.building import denoising_objective
 from diffusion.training.family import FAKE_SCORE, OnABase
 from diffusion.training.optimization import WeightAverage
+from diffusion.training.parallel import place_frozen
 from diffusion.training.validation import PromptGrid
 
 if TYPE_CHECKING:
@@ -77,10 +78,9 @@ class DMD(OnABase):
 
     def connect(self, objective: Objective, network: Any, average: WeightAverage | None, config: TrainConfig) -> None:
         assert isinstance(objective, DistributionMatching)
-        device = network.device
-        objective.teacher = self.teacher.to(device).eval()
+        objective.teacher = place_frozen(self.teacher, network, config)
         if config.lpips_weights is not None:
-            objective.distance = lpips_distance(config, device)
+            objective.distance = lpips_distance(config, network.device)
 
     def build_grid(self, config: TrainConfig, device: torch.device, dataset: Any) -> PromptGrid:
         return OneStepGrid(config, device)

@@ -184,6 +184,17 @@ class WeightAverage:
         blend(self.tensors, model.state_dict(), 1 - rate)
 
     @torch.no_grad()
+    def live_in(self, model: nn.Module) -> None:
+        """Move into the tensors of a network, of which it averages everything: from now on the network is the average.
+
+        Args:
+            model: laid out as the averaged one; what it held is overwritten.
+        """
+        for key, tensor in model.state_dict().items():
+            local(tensor).copy_(local(self.tensors[key]))
+            self.tensors[key] = tensor.detach()
+
+    @torch.no_grad()
     def load(self, state_dict: dict[str, Tensor], num_updates: int) -> None:
         """Continue an average that was saved; keys absent from `state_dict` (position table) stay."""
         for key, tensor in state_dict.items():

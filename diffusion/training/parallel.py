@@ -18,18 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
-from diffusion.models import PixArt
 from diffusion.models.kernels import Kernels, use_fp8, use_kernels
+from diffusion.objectives import OneStepNetworks
 from diffusion.ranks import Ranks
 from diffusion.training.run_log import LOGGER
+from diffusion.training.sharding import is_sharded, keep_shell, mesh_of
 
 AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BUCKET_MB = 100  # a block of XL/2 has 85; larger ones wait longer, smaller ones do not fill a fast link
 
 
-def place(network: PixArt, config: TrainConfig, ranks: Ranks) -> PixArt:
-    """Move a network to the device; under FSDP2 each process keeps its shards. Comes before the optimiser.
+def place(network: Any, config: TrainConfig, ranks: Ranks) -> Any:
+    """Move the network of a run to the device; under FSDP2 each process keeps its shards. Comes before the optimiser.
 
     A block is a unit: it is gathered, used and, with full_shard and hybrid_shard, freed again. Of the blocks, what is
     gathered has the precision of autocast, which rounds the same matrices in DDP; all else stays float32.
@@ -43,14 +44,56 @@ def place(network: PixArt, config: TrainConfig, ranks: Ranks) -> PixArt:
         network.compile_blocks(dynamic=False)  # one compilation a bucket
     if config.strategy == "ddp" or ranks.world_size == 1:
         return network.to(ranks.device)
-    mesh, frees_blocks = device_mesh(config, ranks), config.strategy != "shard_grad_op"
-    reduce_dtype = _REDUCE[config.parallel.reduce_dtype]
-    precision = MixedPrecisionPolicy(AUTOCAST[config.mixed_precision], reduce_dtype, cast_forward_inputs=False)
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=frees_blocks, mp_policy=precision)
-    rest = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    fully_shard(network, mesh=mesh, reshard_after_forward=False, mp_policy=rest)
+    keep_shell(network)
+    shard(network, device_mesh(config, ranks), config)
     return network
+
+
+def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
+    """Move a network without gradients (a teacher, a target) to where the trained one is, and shard it as that is.
+
+    Args:
+        network: on any device; on meta, its weights are then to be filled in.
+        beside: the trained network, placed.
+    """
+    network.requires_grad_(False).eval()
+    mesh, device = mesh_of(beside), next(beside.parameters()).device
+    if mesh is not None:
+        shard(network, mesh, config, frozen=True)
+        network.register_forward_hook(lambda module, arguments, output: forget_forward(module))
+    is_empty = next(network.parameters()).is_meta
+    return network.to_empty(device=device) if is_empty else network.to(device)
+
+
+def shard(network: Any, mesh: DeviceMesh, config: TrainConfig, *, frozen: bool = False) -> None:
+    """FSDP2 over each block, and over what is left of each network, with which the backward pass begins.
+
+    Args:
+        frozen: all of it is freed after each call under every strategy, since no backward pass would do it, and weights
+            that an average moves would be out of date the next time. It is gathered in float32, since validation calls
+            it without autocast.
+    """
+    reduce_dtype = _REDUCE[config.parallel.reduce_dtype]
+    dtype, frees_blocks = AUTOCAST[config.mixed_precision], config.strategy != "shard_grad_op"
+    of_rest = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    of_blocks = of_rest if frozen else MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+    parts: list[Any] = [*network.children()] if isinstance(network, OneStepNetworks) else [network]
+    for part in parts:
+        for block in part.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=frees_blocks or frozen, mp_policy=of_blocks)
+        fully_shard(part, mesh=mesh, reshard_after_forward=frozen, mp_policy=of_rest)
+    if not is_sharded(network):
+        fully_shard(network, mesh=mesh, reshard_after_forward=frozen, mp_policy=of_rest)
+
+
+def forget_forward(network: nn.Module) -> None:
+    """Clear the list of units that FSDP2 keeps of each call until a backward pass, which a frozen network lacks."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group._post_forward_indices.clear()
 
 
 def choose_kernels(network: nn.Module, config: TrainConfig, device: torch.device) -> None:
@@ -91,9 +134,9 @@ def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:
     return init_device_mesh(ranks.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def wrap(network: PixArt, config: TrainConfig, ranks: Ranks) -> nn.Module:
+def wrap(network: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     """What the objective calls: the network itself, or DDP around it."""
-    if ranks.world_size == 1 or isinstance(network, FSDPModule):
+    if ranks.world_size == 1 or is_sharded(network):
         return network
     if config.compile:  # dynamo would cut blocks at the borders of DDP's buckets; whole ones overlap with it as well
         torch._dynamo.config.optimize_ddp = False

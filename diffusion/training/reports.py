@@ -114,7 +114,7 @@ class Reports:
         if self.validation_loss is None and self._grid is None:
             return
         step = self.state.step
-        with evaluated_network(self.state, self.config) as network:
+        with evaluated_network(self.state) as network:
             loss = self.validation_loss(network) if self.validation_loss is not None else None
             picture = self._grid.draw(network) if self._grid is not None else None
         if loss is not None and self._metrics is not None:

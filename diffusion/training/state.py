@@ -20,16 +20,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from diffusion import __version__
 from diffusion.checkpoints.training_state import FORMAT_VERSION
-from diffusion.config import TrainConfig
 from diffusion.errors import CheckpointError, StorageError
 from diffusion.models import PixArt
 from diffusion.training import posthoc_snapshots
-from diffusion.training.building import build_network
 from diffusion.training.family import Family
 from diffusion.training.host_copy import HostCopies
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.posthoc_snapshots import PosthocAverages, write_averages
-from diffusion.training.sharding import is_sharded, whole
+from diffusion.training.sharding import is_sharded, whole_copy
 from diffusion.training.verdict import Verdict
 
 TRAINER_FILE = "trainer.json"
@@ -223,7 +221,7 @@ def _nbytes(value: Any) -> int:
 
 
 @contextlib.contextmanager
-def evaluated_network(state: RunState, config: TrainConfig) -> Iterator[PixArt]:
+def evaluated_network(state: RunState) -> Iterator[Any]:
     """A network for validation, with the averaged weights if the run has any.
 
     It is the trained one with other weights for a while; of a sharded run a whole copy, made by all processes together,
@@ -231,15 +229,11 @@ def evaluated_network(state: RunState, config: TrainConfig) -> Iterator[PixArt]:
     """
     state.settle()
     network, average = state.network, state.average
-    if not is_sharded(network):
-        with averaged_weights(network, average) if average is not None else contextlib.nullcontext(network) as same:
-            yield same
+    if is_sharded(network):
+        yield whole_copy(network, average.tensors if average is not None else {})
         return
-    with torch.device("meta"):
-        copy = build_network(config)
-    tensors = average.tensors if average is not None else network.state_dict()
-    copy.load_state_dict({key: whole(tensor.detach()).clone() for key, tensor in tensors.items()}, assign=True)
-    yield copy
+    with averaged_weights(network, average) if average is not None else contextlib.nullcontext(network) as same:
+        yield same
 
 
 class averaged_weights:

@@ -335,7 +335,7 @@ class Trainer:
         step, end = self.state.step, f"after step {self.state.step} of {self.total_steps}; go on with: "
         end += resume_command(self.ranks)
         if step == self.total_steps:
-            self.ranks.on_main(lambda: finish_run(self.work_dir, self.config, self.state))
+            finish_run(self.work_dir, self.config, self.state, self.ranks)
             LOGGER.info("done: %d steps; results in %s", step, self.work_dir)
         elif request is Request.INTERRUPT:
             LOGGER.info("stopped by Ctrl-C and saved %s", end)

@@ -38,8 +38,12 @@ class ValidationLoss:
             groups.setdefault(dataset.buckets[index], []).append(index)
         size = config.train_batch_size
         batches = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-        mine = batches[ranks.rank :: ranks.world_size]
-        self.batches = [collate([dataset[SampleKey(index, index)] for index in batch]) for batch in mine]
+        rounds = math.ceil(len(batches) / ranks.world_size)
+        mine = range(ranks.rank, rounds * ranks.world_size, ranks.world_size)
+        # All processes make as many calls, since a sharded teacher is gathered by all of them; what is over counts not.
+        self._spare = sum(number >= len(batches) for number in mine)
+        chosen = [batches[number] if number < len(batches) else batches[0] for number in mine]
+        self.batches = [collate([dataset[SampleKey(index, index)] for index in batch]) for batch in chosen]
 
     @torch.no_grad()
     def __call__(self, network: PixArt) -> float:
@@ -48,10 +52,12 @@ class ValidationLoss:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         training = network.training
         network.eval()
-        for batch in self.batches:
+        counted = len(self.batches) - self._spare
+        for number, batch in enumerate(self.batches):
             output = self.objective.loss(network, batch.to(device), self.seed)
-            per_sample = sum(output.metrics.values(), torch.zeros((), device=device))
-            total += torch.stack([per_sample.double().sum(), total.new_tensor(len(batch.keys))])
+            if number < counted:
+                per_sample = sum(output.metrics.values(), torch.zeros((), device=device))
+                total += torch.stack([per_sample.double().sum(), total.new_tensor(len(batch.keys))])
         network.train(training)
         loss_sum, count = self.ranks.total(total).tolist()
         return loss_sum / count

@@ -217,8 +217,10 @@ def test_the_lean_way_is_pefts(dtype: torch.dtype) -> None:
         assert (gradient - found[1][1][name]).norm() <= close, name
 
 
-def test_an_int8_base_stays_close_and_trains() -> None:
-    base = network()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_base_stays_close_and_trains(dtype: torch.dtype) -> None:
+    """In bf16 without autocast too, as validation computes."""
+    base = network().to(dtype)
     made = copy.deepcopy(base)
     start_lora(made, 3)
     count = quantize_base(made)

@@ -17,6 +17,7 @@ from diffusion.config import load_config
 from diffusion.errors import PixArtError
 from diffusion.ranks import Ranks
 from diffusion.training import Reporting, Trainer, denoising_objective
+from diffusion.training.families import family_named
 
 SMALL = ["hidden_size=32", "depth=2", "num_heads=2"]
 MODES = {
@@ -76,6 +77,42 @@ def compiled(config_file: Path, root: Path) -> None:
     """Compiled blocks inside FSDP2, with recomputation."""
     options = ["compile=True", "grad_checkpointing=True", "max_steps=3", "save_model_steps=None"]
     train(config_file, root / "compiled", *MODES["full"], *local_batch(), *options)
+
+
+def families(configs: Path, root: Path) -> None:
+    """Families, after which their configs are named: under DDP, under shards, in two starts, with a step skipped."""
+    for file in sorted(configs.glob("*.json")):
+        folder, full = root / file.stem, MODES["full"]
+        if dist.get_world_size() == 4:
+            train_family(file, folder / "hybrid", *MODES["hybrid"], *local_batch())
+            train_family(file, folder / "full", *full, *local_batch())
+            continue
+        train_family(file, folder / "ddp", *local_batch())
+        train_family(file, folder / "moved", *local_batch(), "max_steps=2")
+        train_family(file, folder / "moved", *MODES["grad_op"], *local_batch(), resume=True)
+        full = [*full, *local_batch(2), "grad_checkpointing=True"]
+        trainer = train_family(file, folder / "full", *full)
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.state.network.parameters())
+        train_family(file, folder / "cut", *full, "max_steps=2")
+        train_family(file, folder / "cut", *full, resume=True)
+        train_family(file, folder / "skipped", *full, "max_steps=3", fault="nan@step=3,rank=1")
+
+
+def train_family(file: Path, work_dir: Path, *options: str, fault: str = "", resume: bool = False) -> Trainer:
+    os.environ["FAULT"] = fault
+    config = load_config(file, options, notify=lambda line: None)
+    family = family_named(file.stem, config)
+    trainer = Trainer(
+        config,
+        family.objective,
+        work_dir,
+        reporting=Reporting(tensorboard=False),
+        resume_from="latest" if resume else None,
+        ranks=Ranks(),
+        family=family,
+    )
+    trainer.fit()
+    return trainer
 
 
 def nan(config_file: Path, root: Path) -> None:

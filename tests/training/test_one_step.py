@@ -14,8 +14,9 @@ from diffusion.errors import CheckpointError, ConfigError, DataError, PromptErro
 from diffusion.features import FeatureStore
 from diffusion.inference import PixArtPipeline
 from diffusion.inference.solvers import make_one_step_scheduler
+from diffusion.models import PixArt
 from diffusion.models.lpips import LPIPS
-from diffusion.objectives import pair_noise
+from diffusion.objectives import OneStepNetworks, pair_noise
 from diffusion.training import Reporting, Trainer
 from diffusion.training.one_step import DMD, write_pairs
 from tests.training.test_control import SIZES, base
@@ -79,6 +80,13 @@ def test_resume_is_bit_exact_and_both_networks_learn(pairs: Path, base: Path, tm
         weights(tmp_path / "whole", 6, "fake_score/transformer")
     )
     assert (tmp_path / "whole/validation/step_0000006.png").is_file()
+
+
+def test_compilation_takes_the_blocks_of_both_networks() -> None:
+    network = OneStepNetworks(*(PixArt(**SIZES, caption_channels=32, input_size=4) for _ in range(2)))
+    network.compile_blocks(dynamic=False)
+    for part in (network.generator, network.fake):
+        assert all(block._compiled_call_impl is not None for block in part.blocks)
 
 
 def test_the_generator_draws_in_one_step(pairs: Path, base: Path, tmp_path: Path) -> None:
