@@ -41,9 +41,8 @@ def _lean_linear() -> Any:
             factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
             down, up = (factor.weight for factor in factors)
             if not torch.is_autocast_enabled(x.device.type):  # which casts what products get
-                x, down, up = (
-                    tensor.to(output.dtype) for tensor in (x, down, up)
-                )  # an int8 base has a dtype of its own
+                # The base's output, since an int8 base computes in a precision of its own.
+                x, down, up = (tensor.to(output.dtype) for tensor in (x, down, up))
             product = F.linear(x, down).flatten(0, -2)
             summed = torch.addmm(output.flatten(0, -2), product, up.t(), alpha=float(self.scaling[name]))
             return summed.view(output.shape)
