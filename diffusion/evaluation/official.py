@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,10 @@ def _check_parity(network: PixArt, report: Report) -> None:
     from diffusers import PixArtTransformer2DModel
 
     try:
-        config = {key: value for key, value in config_to_diffusers(network.config).items() if not key.startswith("_")}
+        plain = replace(
+            network.config, prediction_type="epsilon", flow_shift=1.0
+        )  # diffusers' network has no word for it
+        config = {key: value for key, value in config_to_diffusers(plain).items() if not key.startswith("_")}
     except CheckpointError as error:
         report.info(f"parity with diffusers: not possible ({error})")
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion.checkpoints import load_controlnet, load_transformer
+from diffusion.checkpoints.weights import CONFIG_IN_METADATA
 from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import detect_edges, encode_moments, resize_and_crop, to_tensor
 from diffusion.inference import PixArtPipeline, guide, make_scheduler, model_fingerprint, read_recipe
@@ -39,7 +43,10 @@ def write_control(base: PixArt, path: Path) -> Path:
     for key in state:
         if key.startswith("controlnet.") and "copied_block" not in key:
             state[key] = torch.randn(state[key].shape, generator=generator) * 0.2
-    torch.save({"state_dict": state, "epoch": 3}, path)
+    if path.suffix == ".pth":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        save_file(state, path, {CONFIG_IN_METADATA: json.dumps(asdict(base.config))})
     return path
 
 
@@ -226,7 +233,7 @@ def test_hed_finds_the_edges_of_what_is_drawn(folder: Path, control_file: Path, 
 
 def test_a_control_net_file_is_a_model_with_its_own_base(tmp_path: Path) -> None:
     base = load_transformer(BUNDLED)
-    file = write_control(base, tmp_path / "control.pth")
+    file = write_control(base, tmp_path / "control.safetensors")
     pipe = load_pipeline(file, BUNDLED)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.controlnet, ControlPixArt) and pipe.controlnet.base_model is pipe.transformer
@@ -236,7 +243,7 @@ def test_a_control_net_file_is_a_model_with_its_own_base(tmp_path: Path) -> None
     expected = beside("red apple", **arguments).images
     pipe.null_caption, pipe.clean_captions = beside.null_caption, beside.clean_captions
     assert torch.equal(pipe("red apple", **arguments).images, expected)
-    with pytest.raises(CheckpointError, match="control.pth: the model is a ControlNet already; leave one"):
+    with pytest.raises(CheckpointError, match="control.safetensors: the model is a ControlNet already; leave one"):
         load_pipeline(file, BUNDLED, controlnet=file)
 
 

@@ -216,9 +216,9 @@ def test_notices_are_logged_not_printed(pipeline: PixArtPipeline, caplog: pytest
 
 
 def test_a_native_file_draws_what_its_folder_draws(tmp_path: Path) -> None:
-    """The bundled network as an original `.pth`: recognised from its keys, and with the parts of a pipeline."""
+    """The bundled network in native names: recognised from its keys, and with the parts of a pipeline."""
     bundled = Path(__file__).parents[2] / "output/pretrained_models/emoji-256"
-    native = write_native(open_checkpoint(bundled), tmp_path / "native.pth")
+    native = write_native(open_checkpoint(bundled), tmp_path / "native.safetensors")
     pipe = load_pipeline(native, bundled)
     assert pipe.clean_captions  # the original's way with a native file
     pictures = [

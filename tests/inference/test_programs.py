@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,11 @@ def test_native_files_draw_with_the_parts_of_a_folder(
     name: str, script: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundled = ROOT / "output/pretrained_models/emoji-256"
-    model = write_native(open_checkpoint(bundled), tmp_path / name)
+    opened = open_checkpoint(bundled)
+    if name.endswith(".pth"):  # which the original's readers take for a predictor of noise
+        config = replace(opened.found.config, prediction_type="epsilon")
+        opened = replace(opened, found=replace(opened.found, config=config))
+    model = write_native(opened, tmp_path / name)
     arguments = ["--model_path", str(model), "--prompt", "red apple", "--image_size", "64", "--device", "cpu"]
     run(monkeypatch, script, *arguments, *options, "--output", str(tmp_path / "out"))
     (path,) = (tmp_path / "out").iterdir()

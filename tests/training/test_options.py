@@ -178,18 +178,20 @@ def test_the_first_batch_is_shown_as_it_is_trained_on(config_file: Path, parts: 
     assert np.array_equal(np.asarray(sheet), np.asarray(labelled_grid(pictures, captions, columns=4)))
 
 
-def test_one_line_makes_the_bundled_model_predict_velocity(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_one_line_says_what_the_bundled_model_predicts(kind: str, tmp_path: Path) -> None:
     """Every config that trains or tunes the bundled model follows it; the miniature recipe has a DiT, of noise."""
     shutil.copytree(ROOT / "configs/emoji", tmp_path / "emoji")
     base = tmp_path / "emoji/emoji_base.py"
-    line = 'prediction_type="epsilon",'
+    line = 'prediction_type="v_prediction",'
     assert base.read_text().count(line) == 1
-    base.write_text(base.read_text().replace(line, 'prediction_type="v_prediction",'))
+    base.write_text(base.read_text().replace(line, f'prediction_type="{kind}",'))
     for path in sorted((tmp_path / "emoji").rglob("*.py")):
         config = load_config(path, notify=lambda line: None)
-        expected = "epsilon" if path.parent.name == "recipe" else "v_prediction"
+        is_miniature = path.parent.name == "recipe"
+        expected = "epsilon" if is_miniature else kind
         assert config.process.prediction_type == expected, path.name
-        assert config.process.min_snr_gamma == 5.0
+        assert config.process.min_snr_gamma == (5.0 if is_miniature else None)
         if not config.model.startswith("DiT_"):
             with torch.device("meta"):
                 network = new_network(config.model, model_options(config))
