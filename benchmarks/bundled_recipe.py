@@ -128,7 +128,7 @@ def transformer(args: argparse.Namespace) -> list[Command]:
         options.append(f"max_steps={args.transformer_steps}")
     if args.tiny:
         options += ["max_steps=2", "train_batch_size=4", "mixed_precision=no", "validation.num_samples=0"]
-        options += ["validation.prompts=[]", "num_workers=0", "save_model_steps=2"]
+        options += ["validation.prompts=[]", "compile=False", "num_workers=0", "save_model_steps=2"]
     run = ["--work-dir", args.work / "run", "--report_to", "none", "--cfg-options", *options, *args.cfg_options]
     return [on_gpus(args, "train_scripts/train.py", CONFIG, *run)]
 
