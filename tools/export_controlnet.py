@@ -1,7 +1,7 @@
 """Join a trained ControlNet branch and its base in one file with the names of the published ControlNets.
 
     python tools/export_controlnet.py output/controlnet/checkpoints/checkpoint-2000 \\
-        --base output/pretrained_models/emoji-256 --output emoji-controlnet.pth
+        --base output/pretrained_models/emoji-256 --output emoji-controlnet.safetensors
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class PixArtPipeline(PipelineParts):
         if given != wanted:
             raise PromptError(
                 f"the transformer predicts {wanted}, the scheduler is for {given}; make one with "
-                f"make_scheduler(..., prediction_type={wanted!r})"
+                f"make_scheduler(..., prediction_type={wanted!r}), or with base_config=pipe.scheduler.config"
             )
 
     @property

@@ -51,7 +51,10 @@ def test_commands_and_code(checkout: Path) -> None:
     assert len([*(output / "samples/lcm").glob("*.png")]) == 1
     assert len([*(output / "samples/control").glob("*.png")]) == 1
     export = "python tools/export_controlnet.py output/controlnet/checkpoints/checkpoint-1"
-    run(["bash", "-c", f"{export} --base output/pretrained_models/emoji-256 --output output/control.pth"], checkout)
+    run(
+        ["bash", "-c", f"{export} --base output/pretrained_models/emoji-256 --output output/control.safetensors"],
+        checkout,
+    )
     for code in blocks("python"):
         run([sys.executable, "-c", code], checkout)
     for name in ("lcm", "dmd"):

@@ -24,7 +24,8 @@ APPENDED = {
     "train_pixart_lora_hf.py": "--resolution=32 --train_batch_size=2 --max_train_steps=2 --mixed_precision=no "
     "--checkpointing_steps=2",
     "train_dreambooth.py": "--num_class_images 2 --cfg-options max_steps=2 image_size=32 hidden_size=32 num_heads=2 "
-    "depth=1 caption_channels=32 scale_factor=0.18215 validation.prompts=[]",
+    "depth=1 caption_channels=32 scale_factor=0.18215 validation.prompts=[] "
+    "process.prediction_type=epsilon",
     "train_diffusers.py": "--cfg-options max_steps=2 image_size=32 data.root=STORE validation.num_inference_steps=2",
     "--lora ": "--step 2 --device cpu",
 }
