@@ -29,7 +29,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=30, warm_up=8)
     parser.add_argument("--processes", type=int, default=2, help="GPUs (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, in all rows")
     parser.add_argument("--output", "--out", type=Path, default=Path("benchmarks/results/parallel.json"))
     return parser
 
@@ -57,7 +56,7 @@ def run_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for size, batch in sizes_of(args).items():
         for strategy in STRATEGIES if args.part == "many" else STRATEGIES[:1]:
-            row = time_row(args, ranks, size, batch, strategy, profiled=3, compile=args.compile)
+            row = time_row(args, ranks, size, batch, strategy, profiled=3)
             figures[f"{ranks.world_size} x {strategy} {size} px"] = row
     if args.part == "many":
         resume_part(args, ranks, "moved", 2, "ddp")

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, warm_up: int) 
     add("--device", default="auto", help="auto takes GPUs (default: %(default)s)")
     add("--steps", type=int, default=steps, help="timed steps a row (default: %(default)s)")
     add("--warm-up", type=int, default=warm_up, help="steps before them (default: %(default)s)")
+    add("--compile", action="store_true", help="compile the blocks, in all rows of training")
     add("--part", help=argparse.SUPPRESS)  # what this process, started by `launch`, does
     add("--folder", type=Path, help=argparse.SUPPRESS)
 
@@ -83,6 +84,7 @@ def time_row(
         **{
             "parallel": {"strategy": strategy},
             "num_workers": 0 if args.tiny else 4,
+            "compile": args.compile,
             **(TINY if args.tiny else {}),
             **options,
         },

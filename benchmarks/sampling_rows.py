@@ -124,32 +124,39 @@ def finish(device: Any) -> None:
 
 
 class Graphed:
-    """A forward pass, its communication included, as one CUDA graph for every set of shapes: nothing waits for the
-    host. What it returns is overwritten by the next call."""
+    """A network whose `predict`, its communication included, is one CUDA graph for every set of shapes: nothing waits
+    for the host. What it returns is overwritten by the next call."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    def __init__(self, network: Any) -> None:
+        self._network = network
         self._captured: dict[Any, Any] = {}
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        given = [*arguments, *options.values()]
-        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in given)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def predict(self, *arguments: Any, **options: Any) -> Any:
+        from torch.utils._pytree import tree_flatten
+
+        given, structure = tree_flatten((arguments, options))
+        key = (structure, *((tuple(tensor.shape), tensor.dtype) for tensor in given if tensor is not None))
         if key not in self._captured:
-            self._captured[key] = self._capture(arguments, options)
+            self._captured[key] = self._capture(given, structure)
         graph, inputs, output = self._captured[key]
         for held, tensor in zip(inputs, given):
-            held.copy_(tensor)
+            if tensor is not None:
+                held.copy_(tensor)
         graph.replay()
         return output
 
-    def _capture(self, arguments: Any, options: Any) -> Any:
+    def _capture(self, given: list[Any], structure: Any) -> Any:
         import torch
+        from torch.utils._pytree import tree_unflatten
 
-        inputs = [tensor.clone() for tensor in (*arguments, *options.values())]
-        named = dict(zip(options, inputs[len(arguments) :]))
+        inputs = [None if tensor is None else tensor.clone() for tensor in given]
+        arguments, options = tree_unflatten(inputs, structure)
 
         def run() -> Any:
-            return self._forward(*inputs[: len(arguments)], **named)
+            return self._network.predict(*arguments, **options)
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

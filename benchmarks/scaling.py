@@ -76,7 +76,8 @@ def main() -> None:
     figures["seconds"] = others + figures["seconds"]
     figures["commands"] = {**figures.get("commands", {}), **dict.fromkeys(args.sections, shlex.join(sys.argv))}
     figures["device"] = f"{max(args.processes)} x {starts[0]['device']}"
-    figures["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {BATCHES}, eager"
+    how = "compiled" if args.compile else "eager"
+    figures["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {BATCHES}, {how}"
     add_ratios(figures)
     write_report(args.output, figures)
 

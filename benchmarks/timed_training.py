@@ -82,7 +82,6 @@ class TimedTrainer(Trainer):
         if done + 1 == last_timed:
             self._marks.append(self._mark())
             self._synchronise()
-            self.seconds_a_step = (time.perf_counter() - self.timed_from) / (last_timed - self.warm_up)
             self.last_loss = verdict.loss.item()
         if self.profiled and self.state.step == self.total_steps:
             self._synchronise()
@@ -95,7 +94,6 @@ class TimedTrainer(Trainer):
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._marks: list[Any] = []
-        self.timed_from = time.perf_counter()
 
     def _mark(self) -> Any:
         """A moment on the device."""
@@ -116,6 +114,11 @@ class TimedTrainer(Trainer):
         if self.ranks.device.type == "cuda":
             return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
         return [end - begin for begin, end in pairs]
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Median: a step in which the allocator or a library sets itself up is no rate."""
+        return statistics.median(self.seconds_of_steps)
 
     @property
     def spread(self) -> float:
