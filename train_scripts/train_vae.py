@@ -23,8 +23,9 @@ def main() -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, default=64, help="pictures a step")
     add("--crop", type=int, default=256, help="side of the training crops in pixels")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of Muon")
     add("--kl-weight", type=float, default=1e-5, help="factor of the KL term")
+    add("--colour-weight", type=float, default=4.0, help="factor of the squared error of colours")
     add("--detail-weight", type=float, default=0.0, help="factor of the fine-detail term")
     add("--latent-noise", type=float, default=0.0, help="the decoder sees latents disturbed by up to this many std")
     add = parser.add_argument_group("start").add_argument
@@ -44,6 +45,7 @@ def main() -> None:
         crop=args.crop,
         learning_rate=args.lr,
         kl_weight=args.kl_weight,
+        colour_weight=args.colour_weight,
         detail_weight=args.detail_weight,
         latent_noise=args.latent_noise,
         steps=args.steps,

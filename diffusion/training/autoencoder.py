@@ -1,9 +1,9 @@
 """Train the small KL autoencoder (f8, 4 channels) of the bundled model.
 
 Legend: B batch, H = W picture side in pixels. Pictures live on the device as uint8; the loss is L1 on pixels and on
-their gradients at three scales (edges), with a small KL term. When training ends, the latents are centred and equalised
-by folding a per-channel shift and scale into the 1x1 convolutions around the latent, which changes no picture;
-`scaling_factor` is then 1 / std.
+their gradients at three scales (edges) and the squared error of colours, with a small KL term; the optimiser is Muon.
+When training ends, the latents are centred and equalised by folding a per-channel shift and scale into the 1x1
+convolutions around the latent, which changes no picture; `scaling_factor` is then 1 / std.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from torch.nn import functional as F
 from diffusion.errors import ConfigError, DataError, NumericalError
 from diffusion.evaluation.picture_features import fine_detail_energy
 from diffusion.images import load_vae
-from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
+from diffusion.training.autoencoder_losses import colour_loss, detail_loss, edge_loss, kl_loss
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of the network and of its training.
 
-    `kl_weight`: factor of the KL divergence, a mean over latent elements. `edge_weight`, `detail_weight`: factors of
-    the losses of those names (see `autoencoder_losses`).
+    `kl_weight`: factor of the KL divergence, a mean over latent elements. `edge_weight`, `colour_weight`,
+    `detail_weight`: factors of the losses of those names (see `autoencoder_losses`).
+    `latent_noise`: the decoder sees latents disturbed by up to this many standard deviations.
     `crop`: side in pixels of the training crops; the network is convolutional, so small crops cost less per update.
     `steps` or `seconds` ends training; the learning rate follows the share that is done.
     """
 
-    channels: tuple[int, ...] = (48, 80, 128, 192)
+    channels: tuple[int, ...] = (32, 64, 128, 192)
     layers_per_block: int = 1
     norm_groups: int = 16
     crop: int = 256
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
     kl_weight: float = 1e-5
     edge_weight: float = 1.0
+    colour_weight: float = 4.0
     detail_weight: float = 0.0
     latent_noise: float = 0.0
     ema_rate: float = 0.998
@@ -168,6 +170,23 @@ def learning_rate_factor(step: int, share: float, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def loss_parts(found: Tensor, pixels: Tensor, mean: Tensor, log_variance: Tensor) -> dict[str, Tensor]:
+    """Each term by its name, before its weight."""
+    return {
+        "pixel": (found - pixels).abs().mean(),
+        "edge": edge_loss(found, pixels),
+        "colour": colour_loss(found, pixels),
+        "detail": detail_loss(found, pixels),
+        "kl": kl_loss(mean, log_variance),
+    }
+
+
+def weighted(parts: dict[str, Tensor], config: AutoencoderConfig) -> Tensor:
+    """The loss: `pixel` counts once, all others by `config.NAME_weight`."""
+    others = (getattr(config, f"{name}_weight") * part for name, part in parts.items() if name != "pixel")
+    return sum(others, parts["pixel"])
+
+
 @torch.no_grad()
 def latent_statistics(vae: Any, pictures: Tensor, *, device: str, batch_size: int = 32) -> tuple[Tensor, Tensor, float]:
     """Per-channel mean (C,) and std (C,) of sampled latents, and the mean posterior std (how noisy they are).
@@ -235,7 +254,7 @@ def _fit(
     log_every: int,
 ) -> int:
     """The training loop; leaves the averaged weights in `vae` and returns the number of steps."""
-    from diffusion.training.optimization import WeightAverage
+    from diffusion.training.optimization import WeightAverage, muon, parameter_groups
 
     objective: Any = AutoencoderObjective(vae)
     average = WeightAverage(vae, config.ema_rate)
@@ -245,7 +264,8 @@ def _fit(
     layout = torch.channels_last if cuda else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(seed)
     trainable = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    groups = parameter_groups(vae, weight_decay=1e-4)
+    optimizer = muon(vae, groups, config.learning_rate, "_block", betas=(0.9, 0.99), eps=1e-8)
     side = config.crop // 2 ** (len(config.channels) - 1)
     started, step = time.monotonic(), 0
     # Compilation is inside the time limit: the limit is what the caller pays for.
@@ -258,17 +278,15 @@ def _fit(
             group["lr"] = config.learning_rate * learning_rate_factor(step, share, config.warmup_steps)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cuda):
             found, mean, log_variance = objective(pixels, noise, disturbance)
-        pixel, edge, kl = (found - pixels).abs().mean(), edge_loss(found, pixels), kl_loss(mean, log_variance)
-        detail = detail_loss(found, pixels)
-        loss = pixel + config.edge_weight * edge + config.detail_weight * detail + config.kl_weight * kl
+        parts = loss_parts(found, pixels, mean, log_variance)
+        loss = weighted(parts, config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         average.update(vae)
         if step % log_every == 0:
-            parts = {"loss": loss, "pixel": pixel, "edge": edge, "detail": detail, "kl": kl}
-            entry = {"step": step, **{name: part.item() for name, part in parts.items()}}
+            entry = {"step": step, "loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
             if not math.isfinite(entry["loss"]):
                 raise NumericalError(f"autoencoder loss is {entry['loss']} at step {step}; use a lower learning rate")
             log({**entry, "seconds": time.monotonic() - started})

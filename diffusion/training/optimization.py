@@ -78,31 +78,41 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
         return cls(groups, lr=lr, fused=True, **{"eps": _ADAM_EPS, **options})
     if settings.type == "AdamW8bit":
         return adamw_8bit(groups, lr, options)
+    if settings.type == "Muon":
+        return muon(model, groups, lr, "blocks.", **options)
     import pytorch_optimizer
 
-    if settings.type == "Muon":
-        return _muon(pytorch_optimizer.Muon, model, groups, lr, options)
     if settings.type == "CAME" and "eps" in options:
         options["eps1"], options["eps2"] = options.pop("eps")
     built: torch.optim.Optimizer = getattr(pytorch_optimizer, settings.type)(groups, lr=lr, **options)
     return built
 
 
-def _muon(
-    cls: Callable[..., torch.optim.Optimizer],
+def muon(
     model: nn.Module,
     groups: list[dict[str, Any]],
     lr: float,
-    options: dict[str, Any],
+    inside: str,
+    *,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = _ADAM_EPS,
 ) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) on the matrices of the blocks, with updates of AdamW's size (arXiv:2502.16982).
+    """Muon (Jordan et al. 2024) on matrices and kernels, with updates of AdamW's size (arXiv:2502.16982).
 
     Embeddings, the last layer, biases and tables are AdamW's: orthogonal updates suit maps between hidden states.
+
+    Args:
+        groups: of parameters, with their weight decay.
+        inside: what the names of the weights between hidden states contain.
+        momentum, betas, eps: Muon's; the last two AdamW's.
     """
+    from pytorch_optimizer import Muon
+
     hidden = {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if "blocks." in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
+        if inside in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
     }
     split = [
         {**group, "params": chosen, "use_muon": use_muon}
@@ -110,15 +120,14 @@ def _muon(
         for use_muon in (True, False)
         if (chosen := [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon])
     ]
-    momentum = {"momentum": options["momentum"]} if "momentum" in options else {}
-    return cls(
+    return Muon(
         split,
         lr=lr,
+        momentum=momentum,
         use_adjusted_lr=True,
         adamw_lr=lr,
-        adamw_betas=options.get("betas", (0.9, 0.999)),
-        adamw_eps=options.get("eps", _ADAM_EPS),
-        **momentum,
+        adamw_betas=betas,
+        adamw_eps=eps,
     )
 
 

@@ -26,7 +26,7 @@ from diffusion.training.autoencoder import (
     reconstruction_quality,
     train_autoencoder,
 )
-from diffusion.training.autoencoder_losses import detail_loss, edge_loss, kl_loss
+from diffusion.training.autoencoder_losses import colour_loss, detail_loss, edge_loss, kl_loss
 
 SIDE = 32
 
@@ -149,6 +149,22 @@ def test_detail_loss_asks_for_amplitude_and_not_for_phase() -> None:
     flat = torch.zeros_like(fine)
     assert detail_loss(flat + 0.001 * fine, flat) < 0.01, "what an 8-bit picture cannot show must not count"
     assert detail_loss(flat, fine) > 2
+
+
+def test_detail_may_lie_anywhere_in_its_window() -> None:
+    fine = torch.zeros(1, 3, 64, 64)
+    fine[..., :32] = torch.cos(torch.pi * torch.arange(32.0)) * 0.2
+    assert detail_loss(fine.flip(3), fine) == pytest.approx(0, abs=1e-4)
+
+
+def test_colour_loss_minds_one_wrong_object_more_than_small_errors_everywhere() -> None:
+    right = torch.zeros(1, 3, 64, 64)
+    wrong = right.clone()
+    wrong[..., :16, :16] = 0.8  # a sixteenth of the picture
+    assert (wrong - right).abs().mean() == pytest.approx(0.05)
+    assert colour_loss(wrong, right) > 10 * colour_loss(right + 0.05, right)
+    texture = torch.cos(torch.pi * torch.arange(64.0)).expand_as(right)
+    assert colour_loss(texture, right) == pytest.approx(0, abs=1e-10)
 
 
 def test_decoder_alone_keeps_the_latents(trained: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
