@@ -32,7 +32,10 @@ TOKENS = 120
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: kind ("train" or "sample"), size in px, solver, steps, guidance, batches to choose from."""
+    """What is measured: kind ("train" or "sample"), size in px, solver, steps, guidance, batches to choose from.
+
+    float32: the precision of all arms; else a card, and a CPU that has its products, trains in bfloat16.
+    """
 
     kind: str
     pixels: int
@@ -41,6 +44,7 @@ class Row:
     steps: int = 20
     guidance: float = 4.5
     bundled: bool = False
+    float32: bool = False
 
     @property
     def title(self) -> str:
@@ -59,6 +63,7 @@ ROWS = {
     "lcm-1024": Row("sample", 1024, (1,), "lcm", 4, 1.0),
     "throughput-512": Row("sample", 512, (4, 8, 16, 32)),
     "cpu-train": Row("train", 256, (8, 16), bundled=True),
+    "cpu-train-float32": Row("train", 256, (8, 16), bundled=True, float32=True),
     "cpu-sample": Row("sample", 256, (1,), bundled=True),
     "cpu-throughput": Row("sample", 256, (1, 2, 4), bundled=True),
 }
@@ -119,6 +124,7 @@ def measure(args: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]:
     from diffusion.devices import choose_device
 
     device = torch.device("cpu") if row.bundled else choose_device(args.device)
+    precision = precision_of(row, device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     # One compilation a shape: a second batch must not turn the first one's kernels into slower ones for any batch.
@@ -128,18 +134,19 @@ def measure(args: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     arms, flops, error = (training if row.kind == "train" else sampling)(args, row, folder, device)
     side = 8192 if device.type == "cuda" else 1024
-    rates = [matmul_rate(device, side)]
+    rates = [matmul_rate(device, side, precision)]
     results = compare(
         arms, device, windows=args.windows, warm_up=args.warm_up, seconds=args.seconds, park=row.kind == "train",
         search_s=args.search_s - (time.monotonic() - began),
     )  # fmt: skip
-    rates.append(matmul_rate(device, side))
+    rates.append(matmul_rate(device, side, precision))
     rate = max(rates)
     rows = [figures_of(result, flops, rate, row.kind) for result in results]
     return {
         "benchmark": f"{row.title}; {'tiny networks' if args.tiny else 'bundled model' if row.bundled else 'XL/2'}",
         "row": args.row,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": str(precision).removeprefix("torch."),
         "gflop_a_picture": round(flops / 1e9, 3),
         "matmul_tflops": [round(value / 1e12, 3) for value in rates],
         "matmul_tflops_best": round(rate / 1e12, 3),
@@ -148,6 +155,18 @@ def measure(args: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]:
         "minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
     }
+
+
+def precision_of(row: Row, device: Any) -> Any:
+    """The precision of matrix products in all arms of a row."""
+    import torch
+    from timing import compute_dtype
+
+    from diffusion.devices import cpu_multiplies_bfloat16
+
+    if row.kind == "train" and row.bundled and not row.float32 and cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32 if row.float32 else compute_dtype(device)
 
 
 def figures_of(result: Any, flops: float, rate: float, kind: str) -> dict[str, Any]:
@@ -184,6 +203,7 @@ def training(args: argparse.Namespace, row: Row, folder: Path, device: Any) -> t
     from training_arms import OURS, DiffusersNetwork, DiffusersTraining, OurTraining, disagreement, random_batch
 
     bundled = Size((384, 0, 0), {"hidden_size": 256, "depth": 10, "num_heads": 4}, (), 0)
+    precision = precision_of(row, device)
     size, pixels, tokens = (TINY, 64, 16) if args.tiny else (bundled if row.bundled else FULL, row.pixels, TOKENS)
     batches = args.batches or ((2, 4) if args.tiny else row.batches)
     peer = args.peer_compile or (["block"] if row.bundled or args.tiny else ["block", "whole"])
@@ -194,12 +214,12 @@ def training(args: argparse.Namespace, row: Row, folder: Path, device: Any) -> t
     network: Any = None
     for name in args.arms:
         if name in OURS:
-            arms.append(OurTraining(name, size, pixels, tokens, settings(batches), folder, device))
+            arms.append(OurTraining(name, size, pixels, tokens, settings(batches), folder, device, precision))
             network = network or arms[-1].network
         elif name in ("diffusers", "diffusers-compile"):
             if network is None:
                 raise ConfigError(f"--arms {' '.join(args.arms)}: an arm of ours must come first; {', '.join(OURS)}")
-            shared = shared or DiffusersNetwork(network, device)
+            shared = shared or DiffusersNetwork(network, device, precision)
             given = settings(batches, peer if name.endswith("compile") else [""])
             arms.append(DiffusersTraining(name, shared, pixels, tokens, given))
         else:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 
-def matmul_rate(device: Any, size: int) -> float:
-    """FLOP/s of a square matrix product in the encoders' precision, the best of five."""
-    dtype = compute_dtype(device)
+def matmul_rate(device: Any, size: int, dtype: Any = None) -> float:
+    """FLOP/s of a square matrix product, the best of five; dtype None = the encoders' precision."""
+    dtype = dtype or compute_dtype(device)
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     best, repeats = float("inf"), 20 if device.type == "cuda" else 2
     for _ in range(5):

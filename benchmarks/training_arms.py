@@ -1,7 +1,7 @@
 """Arms of the training rows: this repository's trainer, and diffusers' network in the loop its users write.
 
 All do the same step on the same random data: draw from the posterior, add noise, 10 % null captions, forward and
-backward in bf16 (float32 on a CPU), clip, AdamW, average of the weights. Ours also trains the variance.
+backward in one precision (`compare.py` says which), clip, AdamW, average of the weights. Ours also trains the variance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffusion.errors import ConfigError
 from diffusion.ranks import Ranks
 from diffusion.training import Reporting, Trainer, denoising_objective
 
-# Options of the config by arm, the one place that knows the fastest; on a CPU "ours" is compiled blocks alone.
+# Options of the config by arm, the one place that knows the fastest.
 _KERNELS = {"attention": "auto", "text": "packed", "bf16_stream": True}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {"compile": True, "kernels": {**_KERNELS}},
@@ -34,6 +34,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-compile": {"compile": True},
     "ours-eager": {},
 }
+OURS_ON_CPU = {"compile": True, "kernels": {"attention": "auto", "fused": True, "onednn": True, "bf16_stream": True}}
 CLIP, DROPOUT, EMA = 0.01, 0.1, 0.9999
 
 
@@ -74,18 +75,25 @@ class OurTraining:
     """`Trainer`'s step; `name` chooses the options."""
 
     def __init__(
-        self, name: str, size: Size, pixels: int, tokens: int, settings: Sequence[Setting], folder: Path, device: Any
+        self,
+        name: str,
+        size: Size,
+        pixels: int,
+        tokens: int,
+        settings: Sequence[Setting],
+        folder: Path,
+        device: Any,
+        precision: torch.dtype,
     ) -> None:
         self.name, self.settings, self.owner = name, settings, self
         channels = size.text[0]
         store = folder / f"store-{name}"
         write_features(store, 2, pixels, channels)
-        on_card = device.type == "cuda"
-        chosen = OURS[name] if on_card or name != "ours" else {"compile": True}
+        chosen = OURS_ON_CPU if name == "ours" and device.type == "cpu" else OURS[name]
         options = {
             **size.network,
             "caption_channels": channels,
-            "mixed_precision": "bf16" if on_card else "no",
+            "mixed_precision": "bf16" if precision == torch.bfloat16 else "no",
             **chosen,
         }
         if pixels >= 1024:
@@ -118,12 +126,13 @@ class OurTraining:
 class DiffusersNetwork:
     """What the arms of diffusers share: network, fused AdamW and average. Only one of them trains at a time."""
 
-    def __init__(self, twin_of: Any, device: Any) -> None:
+    def __init__(self, twin_of: Any, device: Any, precision: torch.dtype) -> None:
         self.model = as_diffusers(twin_of).train().requires_grad_()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, eps=1e-10, weight_decay=0.0, fused=True)
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.device = device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        self.precision = precision
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
     def step(self, forward: Callable[..., Any], batch: TrainBatch, null: Tensor, alphas: Tensor) -> Tensor:
         """One optimiser step; forward: the model or its compiled form."""
@@ -178,7 +187,7 @@ class DiffusersTraining:
 
     def build(self, setting: Setting) -> Callable[[], Any]:
         batch, shared = random_batch(setting.batch, *self.shape), self.shared
-        if shared.device.type == "cpu":  # no autocast there
+        if shared.precision == torch.float32:  # no autocast then
             batch.caption_embeds = batch.caption_embeds.float()
         null = torch.randn_like(batch.caption_embeds[:1])
         alphas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0).float().to(shared.device)

@@ -43,6 +43,11 @@ def choose_dtype(name: str, device: torch.device, *, few_steps: bool = False) ->
     return torch.bfloat16 if has_bfloat16 and not few_steps else torch.float16
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16 or AMX): twice the rate of float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class HostCopy:
     """Tensors on their way to host memory. A CUDA card goes on with what is enqueued after them meanwhile."""
 

@@ -21,6 +21,7 @@ ROWS = {
     "throughput-512": "20 steps, 512 px, many at once",
     "cold-512": "first picture of a process, 512 px",
     "cpu-train": "CPU: training, bundled model",
+    "cpu-train-float32": "CPU: the same in float32",
     "cpu-sample": "CPU: 20 steps, bundled model",
     "cpu-cold": "CPU: first picture of a process",
 }

@@ -15,10 +15,10 @@ FP8_LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
 class KernelsConfig(Section):
     """Kernels of the blocks. The defaults are plain torch; all but `fp8` compute the same function."""
 
-    attention: Literal["torch", "auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4"] = Field(
+    attention: Literal["torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4"] = Field(
         default="torch",
-        description="torch: SDPA as torch chooses; a kernel of SDPA by name; fa3, fa4: FlashAttention from its own "
-        "package; auto: the best measured on this kind of card.",
+        description="torch: SDPA as torch chooses; a kernel of SDPA by name; products: matrix products, for bf16 on a "
+        "CPU; fa3, fa4: FlashAttention from its own package; auto: the best measured on this kind of device.",
     )
     head_width: int | None = Field(
         default=None, gt=0, multiple_of=8, description="Pad attention heads to so many channels; None = do not."
@@ -30,9 +30,10 @@ class KernelsConfig(Section):
     )
     fused: bool = Field(
         default=False,
-        description="Norms, gates and GELU as Triton kernels, in blocks that are not compiled (CUDA; plain torch "
-        "elsewhere).",
+        description="Norms, gates and GELU as Triton kernels, in blocks that are not compiled (CUDA); on a CPU a "
+        "faster GELU in compiled blocks.",
     )
+    onednn: bool = Field(default=False, description="float32 products of a CPU by oneDNN instead of MKL.")
     bf16_stream: bool = Field(
         default=False, description="Under autocast, keep tokens between blocks in its precision instead of float32."
     )

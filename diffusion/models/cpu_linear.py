@@ -1,4 +1,4 @@
-"""Linear layers that draw faster on a CPU: float32 products by oneDNN, and GELU in the same pass.
+"""Linear layers that are faster on a CPU: float32 products by oneDNN, and in drawing GELU in the same pass.
 
 torch gives float32 products to MKL, which is the slower of the two on AMD processors. Layers keep their weights, their
 names and all but the last bits of their output.
@@ -6,7 +6,7 @@ names and all but the last bits of their output.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return _product(self, inputs) if _suits(self, inputs) else super().forward(inputs)
+
+
+class OneDNNTrainingLinear(nn.Linear):
+    """`nn.Linear`; on the CPU in float32 by oneDNN, with gradients or without, compiled or not."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not _is_float32(self, inputs):
+            return super().forward(inputs)
+        outputs: Tensor = _linear(inputs, self.weight, self.bias)
+        return outputs
 
 
 class OneDNNMlp(Mlp):
@@ -40,11 +50,10 @@ def use_onednn(network: Network, enabled: bool = True) -> Network:
     compute as they did; `enabled=False` makes them plain again, for code that looks for plain ones.
     """
     if not enabled:
-        plain: dict[type[nn.Module], type[nn.Module]] = {OneDNNLinear: nn.Linear, OneDNNMlp: Mlp}
         for module in network.modules():
-            module.__class__ = plain.get(type(module), type(module))
+            module.__class__ = _PLAIN.get(type(module), type(module))
         return network
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn():
         return network
     for module in network.modules():
         if type(module) is nn.Linear:
@@ -54,15 +63,69 @@ def use_onednn(network: Network, enabled: bool = True) -> Network:
     return network
 
 
+def train_with_onednn(network: Network) -> Network:
+    """Let the plain linear layers of a network in training use oneDNN; returns the network. See `use_onednn`."""
+    if has_onednn():
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDNNTrainingLinear
+    return network
+
+
+def has_onednn() -> bool:
+    """Whether this torch was built with it."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def _suits(layer: nn.Linear, inputs: Tensor) -> bool:
-    weight = layer.weight
-    if torch.compiler.is_compiling():  # the compiler has products of its own
+    # The compiler takes oneDNN's products of constant weights alone, and has products of its own.
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and _is_float32(layer, inputs)
+
+
+def _is_float32(layer: nn.Linear, inputs: Tensor) -> bool:
+    if inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.is_grad_enabled() or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    return type(weight) is nn.Parameter and inputs.dtype == weight.dtype == torch.float32
+    return isinstance(layer.weight, nn.Parameter) and inputs.dtype == layer.weight.dtype == torch.float32
 
 
 def _product(layer: nn.Linear, inputs: Tensor, activation: str = "none", form: str = "") -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, layer.weight, layer.bias, activation, [], form)
     return product
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    OneDNNLinear: nn.Linear,
+    OneDNNTrainingLinear: nn.Linear,
+    OneDNNMlp: Mlp,
+}
+
+
+# ---- with gradients: an operator of its own, which the compiler calls as it is ----
+
+
+@torch.library.custom_op("pixart::onednn_linear", mutates_args=())
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return product
+
+
+@_linear.register_fake
+def _(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, weight = ctx.saved_tensors
+    rows = grad.flatten(0, -2)
+    return (
+        _linear(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
+        rows.t() @ inputs.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+        rows.sum(0) if ctx.needs_input_grad[2] else None,
+    )
+
+
+_linear.register_autograd(_backward, setup_context=_keep)

@@ -89,7 +89,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return rearrange(self.proj(latents), "b d h w -> b (h w) d")
+        # A view would keep channels apart in memory, and every block after it would transpose what it reads.
+        return rearrange(self.proj(latents), "b d h w -> b (h w) d").contiguous()
 
 
 class CaptionEmbedder(nn.Module):

@@ -17,6 +17,7 @@ import torch
 from diffusion.checkpoints import open_checkpoint, require_fit
 from diffusion.config import TrainConfig
 from diffusion.data import SampleKey
+from diffusion.devices import cpu_multiplies_bfloat16
 from diffusion.errors import EXIT_DONE, EXIT_USER_ERROR, PixArtError, StorageError
 from diffusion.models import build_model
 from diffusion.ranks import Ranks
@@ -75,6 +76,7 @@ def print_table(findings: list[Finding]) -> None:
 def _devices(config: TrainConfig, ranks: Ranks) -> Iterator[Finding]:
     if ranks.device.type != "cuda":
         yield Finding("warn", "devices", f"no GPU: training runs on {os.cpu_count()} CPU cores")
+        yield from _precision_of_cpu(config.mixed_precision)
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -89,6 +91,16 @@ def _devices(config: TrainConfig, ranks: Ranks) -> Iterator[Finding]:
     error = ((square @ square).cpu().double() - exact).norm() / exact.norm()
     status = "ok" if error < 1e-2 else "fail"
     yield Finding(status, "devices", f"{ranks.device} multiplies matrices with relative error {error:.1e}")
+
+
+def _precision_of_cpu(mixed_precision: str) -> Iterator[Finding]:
+    """A line where another precision would be faster."""
+    if cpu_multiplies_bfloat16():
+        if mixed_precision == "no":
+            text = "the CPU has products of bfloat16: mixed_precision='bf16' with kernels.attention='auto' is faster"
+            yield Finding("ok", "devices", text)
+    elif mixed_precision != "no":
+        yield Finding("warn", "devices", "the CPU has no products of bfloat16; mixed_precision='no' is faster")
 
 
 def _communication(ranks: Ranks) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
+from diffusion.models.cpu_linear import train_with_onednn
 from diffusion.models.kernels import Kernels, use_fp8, use_kernels
 from diffusion.objectives import OneStepNetworks
 from diffusion.ranks import Ranks
@@ -109,6 +110,8 @@ def choose_kernels(network: nn.Module, config: TrainConfig, device: torch.device
         if chosen.fp8 is not None:
             count = use_fp8(network, chosen.fp8, chosen.fp8_layers)
             LOGGER.info("FP8 (lossy): %d linear layers, scaled %s", count, chosen.fp8)
+        if chosen.onednn and device.type == "cpu":
+            train_with_onednn(network)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"kernels: {error}") from None
     recomputing = config.grad_checkpointing_args

@@ -130,6 +130,10 @@ class Saver:
             self.settle()
         return self._fatal is None
 
+    def is_writing(self) -> bool:
+        """Whether a save is on its way to the disk."""
+        return not (self._writer.is_idle() or self._writer.is_done())
+
     def settle(self) -> None:
         """Wait for a save that has begun, and take note of how it ended."""
         if self._writer.is_idle():

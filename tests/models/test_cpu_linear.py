@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffusion.models import PixArt
-from diffusion.models.cpu_linear import OneDNNLinear, OneDNNMlp, use_onednn
+from diffusion.models.cpu_linear import OneDNNLinear, OneDNNMlp, OneDNNTrainingLinear, train_with_onednn, use_onednn
 from diffusion.models.embeddings import ApproxGelu
 from diffusion.models.mlp import DropPath, Mlp
 from tests.inference.tiny_pipeline import load_quietly, write_tiny_pipeline
@@ -62,9 +62,56 @@ def test_weights_names_and_training_stay() -> None:
     assert torch.equal(*low)
 
 
+def gradients(model: PixArt, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Output and the gradients of all weights and of the captions."""
+    latents, timesteps, embeds, mask = inputs()
+    embeds = embeds.to(dtype).requires_grad_()
+    output = model(latents.to(dtype), timesteps.to(dtype), embeds, mask)
+    return [output, *torch.autograd.grad(output.square().mean(), [embeds, *model.parameters()])]
+
+
+def error(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, exact) if b.norm() > 1e-9)
+
+
+@needs_onednn
+@pytest.mark.parametrize("how", ["eager", "compiled", "recomputed"])
+def test_training_is_as_near_to_float64_as_the_plain_network(how: str) -> None:
+    plain = network()
+    fast, exact = train_with_onednn(copy.deepcopy(plain)), gradients(copy.deepcopy(plain).double(), torch.float64)
+    assert sum(type(module) is OneDNNTrainingLinear for module in fast.modules()) > 10
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    if how == "compiled":
+        fast.compile_blocks(backend="aot_eager")
+    elif how == "recomputed":
+        fast.train().enable_gradient_checkpointing(selective=True)
+    ours, wanted = gradients(fast), gradients(plain)
+    assert not torch.equal(ours[0], wanted[0])
+    assert error(ours, exact) < max(1.5 * error(wanted, exact), 1e-6)
+
+
+@needs_onednn
+def test_frozen_weights_get_no_gradient_and_other_precisions_are_torchs() -> None:
+    plain, fast = nn.Linear(8, 6), train_with_onednn(nn.Linear(8, 6))
+    fast.load_state_dict(plain.state_dict())
+    fast.weight.requires_grad_(False)
+    rows = torch.randn(3, 5, 8, requires_grad=True)
+    fast(rows).sum().backward()
+    assert fast.weight.grad is None
+    torch.testing.assert_close(fast.bias.grad, torch.full((6,), 15.0))
+    torch.testing.assert_close(rows.grad, plain.weight.sum(0).expand(3, 5, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(rows), plain(rows))
+    assert torch.equal(fast.double()(rows.double()), plain.double()(rows.double()))
+
+
 @needs_onednn
 def test_layers_become_plain_again() -> None:
     plain = network()
+    trained = train_with_onednn(copy.deepcopy(plain))
+    assert [type(module) for module in use_onednn(trained, enabled=False).modules()] == [
+        type(module) for module in plain.modules()
+    ]
     back = use_onednn(use_onednn(copy.deepcopy(plain)), enabled=False)
     assert [type(module) for module in back.modules()] == [type(module) for module in plain.modules()]
     with torch.no_grad():

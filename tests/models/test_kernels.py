@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion.models import ControlPixArt, PixArt
 from diffusion.models.kernels import FP8Linear, Kernels, attend, use_fp8, use_kernels
+from diffusion.models.kernels.elementwise import _LogisticGelu
+from diffusion.models.kernels.products import MOST_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(input_size=8, hidden_size=48, depth=2, num_heads=4, caption_channels=16, model_max_length=7)
@@ -97,8 +100,16 @@ def test_captions_without_padding_are_no_special_case() -> None:
 
 @pytest.mark.parametrize(
     "kernels",
-    [Kernels(head_width=16), Kernels(text="spare"), Kernels(text="packed"), Kernels(bf16_stream=True)],
-    ids=["head width", "spare channel", "packed text", "bf16 stream"],
+    [
+        Kernels(head_width=16),
+        Kernels(text="spare"),
+        Kernels(text="packed"),
+        Kernels(bf16_stream=True),
+        Kernels(attention="products"),
+        Kernels(attention="products", text="spare", head_width=16),
+        Kernels(attention="products", text="packed"),
+    ],
+    ids=["head width", "spare channel", "packed text", "bf16 stream", "products", "products spare", "products packed"],
 )
 def test_bf16_is_as_exact_as_plain_bf16(kernels: Kernels) -> None:
     exact = results(network().double(), inputs())
@@ -106,6 +117,56 @@ def test_bf16_is_as_exact_as_plain_bf16(kernels: Kernels) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         plain, ours = results(network(), given), results(network(kernels), given)
     assert distance(ours, exact) < 1.5 * distance(plain, exact)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0], ids=["even", "peaked"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_products_are_as_exact_as_torchs_attention(size: float, masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (size * torch.randn(2, length, 4, 64) for length in (96, 40, 40))
+    halves = [part.bfloat16() for part in (q, k, v)]
+    grad = torch.randn(2, 96, 4, 64).bfloat16()
+    mask = (torch.arange(40) < torch.tensor([40, 9])[:, None])[:, None, None] if masked else None
+
+    def attended(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [part.to(dtype).requires_grad_() for part in halves]
+        output = attend(*leaves, kernels, mask=mask)
+        return [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    exact = attended(PLAIN, torch.float64)
+    plain, ours = (attended(kernels, torch.bfloat16) for kernels in (PLAIN, Kernels(attention="products")))
+    assert not torch.equal(plain[0], ours[0])
+    assert distance(ours, exact) < 1.5 * distance(plain, exact)
+    if mask is not None:
+        assert ours[2][1, 9:].abs().max() == 0
+
+
+def test_products_leave_float32_many_keys_and_drawing_to_torch() -> None:
+    torch.manual_seed(0)
+    few, many = (torch.randn(1, length, 2, 8) for length in (16, MOST_KEYS + 1))
+    for part, trains in ((few, True), (many.bfloat16(), True), (few.bfloat16(), False)):
+        with torch.set_grad_enabled(trains):
+            ours, plain = (attend(part, part, part, kernels) for kernels in (Kernels(attention="products"), PLAIN))
+        assert torch.equal(ours, plain)
+
+
+def test_auto_takes_products_on_a_cpu_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tiles, wanted in ((False, "products"), (True, "torch")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=tiles: found)
+        assert network(Kernels(attention="auto")).kernels.attention == wanted
+
+
+def test_the_gelu_of_compiled_blocks_is_the_plain_function() -> None:
+    wide = torch.linspace(-30, 30, 301, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(_LogisticGelu.apply, wide)
+    torch.testing.assert_close(_LogisticGelu.apply(wide), F.gelu(wide, approximate="tanh"), rtol=1e-12, atol=1e-12)
+    plain, given = results(network().double(), inputs()), inputs()
+    compiled = network(Kernels(fused=True)).double()
+    assert all(torch.equal(a, b) for a, b in zip(results(compiled, given), plain))  # uncompiled it would be slower
+    compiled.compile_blocks(backend="aot_eager")
+    ours = results(compiled, given)
+    assert distance(ours, plain) < 1e-12
+    assert not all(torch.equal(a, b) for a, b in zip(ours, plain))  # it was used
 
 
 @pytest.mark.slow

@@ -122,6 +122,12 @@ def test_fresh_model_predicts_zero() -> None:
     assert output.abs().max() == 0
 
 
+def test_tokens_lie_one_after_another() -> None:
+    """A view of the convolution's output would be transposed again by every block."""
+    model = PixArt(input_size=8, hidden_size=48, depth=1, num_heads=4, caption_channels=24)
+    assert model.embed_latents(torch.randn(2, 4, 8, 8)).is_contiguous()
+
+
 def test_position_embedding_values() -> None:
     table = sincos_position_embedding(8, (2, 3), base_size=4)[0]
     torch.testing.assert_close(table[1][:4], torch.tensor([0.9719, 0.0133, 0.2352, 0.9999]), atol=1e-4, rtol=0)

@@ -6,8 +6,10 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from diffusion.config import load_config
 from diffusion.ranks import Ranks
@@ -31,6 +33,20 @@ def test_a_sound_set_up(config_file: Path, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "new").exists()
     assert check_up(load_config(config_file), tmp_path / "new/run") == 0
     assert re.search(r"^\d+ checks: 0 failed, \d warnings$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+@pytest.mark.parametrize(
+    ("has_products", "precision", "said"),
+    [(True, "no", "'bf16' with"), (True, "bf16", None), (False, "bf16", "='no' is faster"), (False, "no", None)],
+)
+def test_the_faster_precision_of_a_cpu(
+    has_products: bool, precision: str, said: str | None, config_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("diffusion.training.doctor.cpu_multiplies_bfloat16", lambda: has_products)
+    _, *more = findings(config_file, tmp_path, f"mixed_precision={precision}")["devices"]
+    assert [finding.text for finding in more if said and said in finding.text] == [finding.text for finding in more]
+    assert len(more) == (said is not None)
 
 
 def test_the_size_of_a_save_is_that_of_a_save(config_file: Path, tmp_path: Path) -> None:

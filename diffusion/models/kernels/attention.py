@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.models.kernels.choice import Kernels
 from diffusion.models.kernels.heads import widened
+from diffusion.models.kernels.products import attend_by_products, suits
 from diffusion.models.kernels.text import TextLengths
 
 _BACKENDS = {
@@ -44,6 +45,8 @@ def attend(
     given = q.shape[-1]
     channels = channels or given
     q, k, v = (widened(part, kernels.head_width).transpose(1, 2) for part in (q, k, v))  # (B, H, N, c)
+    if kernels.attention == "products" and suits(q, k):
+        return attend_by_products(q, k, v, mask, channels**-0.5).transpose(1, 2)[..., :given]
     scale = None if q.shape[-1] == channels else channels**-0.5
     with _kernel(kernels.attention, q, mask):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -67,7 +70,7 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | No
         of the shape of q.
     """
     if isinstance(text, TextLengths):
-        return _attend_packed(q, k, v, text)
+        return _attend_packed(q, k, v, text, kernels)
     channels = k.shape[-1]
     width, spare = text_width(kernels, channels, text)
     if spare:
@@ -79,13 +82,13 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | No
     return attend(q, k, v, kernels, mask=text, channels=channels)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: Kernels) -> Tensor:
     batch, length = q.shape[:2]
     if not q.is_cuda or q.dtype == torch.float32:  # there is no kernel for it: with padding, and a mask
         place = torch.arange(text.longest, device=q.device)
         rows = (text.offsets[:-1, None] + place).clamp(max=k.shape[0] - 1)  # (B, L)
         mask = (place < text.offsets.diff()[:, None])[:, None, None]
-        return attend(q, k[rows], v[rows], Kernels(), mask=mask)
+        return attend(q, k[rows], v[rows], Kernels(kernels.attention), mask=mask)
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel leaves gradients of rows that belong to no caption as they are in memory; this makes them zero.

@@ -13,7 +13,7 @@ from torch import nn
 
 from diffusion.models.kernels.elementwise import can_fuse
 
-ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4")
+ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed")
 LOGGER = logging.getLogger(__name__)
 # Module and name of what FlashAttention comes in.
@@ -76,7 +76,7 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
 
 def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
     """The same choice with "auto" replaced by what is best on a device, and without what it cannot do, said once."""
-    if kernels.fused and not can_fuse(device):
+    if kernels.fused and not can_fuse(device) and device.type != "cpu":
         LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
         kernels = replace(kernels, fused=False)
     if kernels.attention != "auto":
@@ -87,6 +87,8 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
             if num_tokens >= fewest and is_installed(attention):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
+    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return replace(kernels, attention="products")
     return replace(kernels, attention="torch")
 
 
