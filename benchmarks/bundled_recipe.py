@@ -100,17 +100,21 @@ def encoder(args: argparse.Namespace) -> list[Command]:
 
 
 def vae(args: argparse.Namespace) -> list[Command]:
-    return [_train_vae(args, args.vae_seconds, "--lr", 8e-4)]
+    return [_train_vae(args, args.vae_seconds)]
 
 
 def decoder(args: argparse.Namespace) -> list[Command]:
-    fine = ["--detail-weight", 0.2, "--latent-noise", 0.3, "--lr", 4e-4]
+    fine = ["--detail-weight", 0.2, "--latent-noise", 0.2, "--lr", 1e-3]
     return [_train_vae(args, args.decoder_seconds, "--start", args.work / "model/vae", "--decoder-only", *fine)]
 
 
 def _train_vae(args: argparse.Namespace, seconds: float, *options: object) -> Command:
     common = ["--data", "data/emoji", "--output", args.work / "model/vae", "--device", args.device]
-    size = ["--steps", 1, "--batch-size", 2, "--limit", 4] if args.tiny else ["--seconds", seconds, "--compile"]
+    size = (
+        ["--steps", 1, "--batch-size", 2, "--limit", 4]
+        if args.tiny
+        else ["--seconds", seconds, "--batch-size", 32, "--compile"]
+    )
     return python("train_scripts/train_vae.py", *common, *size, *options)
 
 
