@@ -104,7 +104,7 @@ def vae(args: argparse.Namespace) -> list[Command]:
 
 
 def decoder(args: argparse.Namespace) -> list[Command]:
-    fine = ["--detail-weight", 0.2, "--latent-noise", 0.2, "--lr", 1e-3]
+    fine = ["--detail-weight", 0.2, "--latent-noise", 0.3, "--lr", 1e-3]
     return [_train_vae(args, args.decoder_seconds, "--start", args.work / "model/vae", "--decoder-only", *fine)]
 
 
