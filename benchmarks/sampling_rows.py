@@ -6,20 +6,27 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from diffusion.inference.graphs import RecordedWork
 
 TOKENS = 60  # of a caption
 STEPS = 20  # of DPM-Solver++, with guidance
+MODES = ("eager", "compiled", "graph")  # a graph is of compiled blocks where these came before
 
 
 def sampling_rows(args: argparse.Namespace, ranks: Any) -> list[dict[str, Any]]:
     """A row for every way to share the work and every mode: eager, compiled blocks and VAE, one CUDA graph a pass."""
-    on_card = ranks.device.type == "cuda"
     ways = {"guidance apart": 2, "tokens alone shared": 1} if ranks.world_size > 1 else {"alone": 1}
     rows = []
     pipeline = build_pipeline(args, ranks.device)
-    for mode in ("eager", "compiled", "graph") if on_card else ("eager",):
+    for mode in MODES if ranks.device.type == "cuda" else ("eager", "graph"):
+        if mode not in args.modes:
+            continue
         if mode == "compiled":
             pipeline.transformer.compile_blocks()
             pipeline.vae.decoder.compile()
@@ -125,47 +132,27 @@ def finish(device: Any) -> None:
 
 class Graphed:
     """A network whose `predict`, its communication included, is one CUDA graph for every set of shapes: nothing waits
-    for the host. What it returns is overwritten by the next call."""
+    for the host."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
-        self._captured: dict[Any, Any] = {}
+        self._recorded: dict[Any, RecordedWork] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def predict(self, *arguments: Any, **options: Any) -> Any:
-        from torch.utils._pytree import tree_flatten
+    def predict(self, *arguments: Any, **options: Any) -> Tensor:
+        leaves, structure = tree_flatten((arguments, options))
+        tensors = {str(place): leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        key = (structure, *others, *((tensor.shape, tensor.dtype) for tensor in tensors.values()))
 
-        given, structure = tree_flatten((arguments, options))
-        key = (structure, *((tuple(tensor.shape), tensor.dtype) for tensor in given if tensor is not None))
-        if key not in self._captured:
-            self._captured[key] = self._capture(given, structure)
-        graph, inputs, output = self._captured[key]
-        for held, tensor in zip(inputs, given):
-            if tensor is not None:
-                held.copy_(tensor)
-        graph.replay()
-        return output
+        def work(held: Mapping[str, Tensor]) -> Tensor:
+            given = [held.get(str(place), leaf) for place, leaf in enumerate(others)]
+            again, named = tree_unflatten(given, structure)
+            prediction: Tensor = self._network.predict(*again, **named)
+            return prediction
 
-    def _capture(self, given: list[Any], structure: Any) -> Any:
-        import torch
-        from torch.utils._pytree import tree_unflatten
-
-        inputs = [None if tensor is None else tensor.clone() for tensor in given]
-        arguments, options = tree_unflatten(inputs, structure)
-
-        def run() -> Any:
-            return self._network.predict(*arguments, **options)
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread asks events meanwhile
-            output = run()
-        return graph, inputs, output
+        if key not in self._recorded:
+            self._recorded[key] = RecordedWork(work, tensors)
+        return self._recorded[key](tensors)

@@ -39,7 +39,7 @@ from parallel_rows import (
     write_stores,
 )
 from report import write_report
-from sampling_rows import sampling_rows
+from sampling_rows import MODES, sampling_rows
 
 from diffusion.errors import run_cli
 
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of GPUs (default: %(default)s)")
     add("--sizes", type=int, nargs="+", help="px; default 256 512 1024")
     add("--pictures", type=int, default=5, help="timed pictures a row of sampling (default: %(default)s)")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="of sampling (default: all)")
     add("--output", "--out", type=Path, default=Path("benchmarks/results/scaling.json"))
     return parser
 

@@ -249,7 +249,10 @@ def test_scaling(tmp_path: Path) -> None:
     assert 0 < result["training"][2]["exposed_communication_share"] <= result["training"][2]["communication_share"] < 1
     assert result["training"][2]["loss"] == pytest.approx(result["training"][3]["loss"], rel=1e-5)
     assert all(0 < row["wait_s"] < row["on_disk_after_s"] for row in result["saving"])
-    assert [row["way"] for row in result["sampling"]] == ["alone", "guidance apart", "tokens alone shared"]
+    ways = [("alone", 1), ("guidance apart", 2), ("tokens alone shared", 2)]
+    assert [(row["mode"], row["way"], row["processes"]) for row in result["sampling"]] == [
+        (mode, *way) for part in (ways[:1], ways[1:]) for mode in ("eager", "graph") for way in part
+    ]
     assert len({row["rms_of_latents"] for row in result["sampling"]}) == 1
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "tools/scaling_model.py", "--measured", str(out)]
