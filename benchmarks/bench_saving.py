@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from report import write_report
 from timed_training import make_config, write_features
+from timing import finish
 
 from diffusion.config import load_config
 from diffusion.devices import cpu_multiplies_bfloat16
@@ -95,7 +96,7 @@ class SavingTrainer(Trainer):
     def _train_step(self, *arguments: Any) -> Any:
         disturbed, begin = self.saver.is_writing(), time.perf_counter()
         verdict = super()._train_step(*arguments)
-        self._synchronise()
+        finish(self.ranks.device)
         self.saves[-1][1].append(Step(time.perf_counter() - begin, disturbed or self.saver.is_writing()))
         return verdict
 
@@ -103,10 +104,6 @@ class SavingTrainer(Trainer):
         begin = time.perf_counter()
         super()._save(saver, request)
         self.saves.append((time.perf_counter() - begin, []))
-
-    def _synchronise(self) -> None:
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def cost_in_a_run(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from timing import finish
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -121,13 +122,6 @@ def time_pictures(args: argparse.Namespace, pipeline: Any, ranks: Any) -> dict[s
     if device.type == "cuda":
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return figures
-
-
-def finish(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class Graphed:

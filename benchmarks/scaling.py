@@ -40,6 +40,7 @@ from parallel_rows import (
 )
 from report import write_report
 from sampling_rows import MODES, sampling_rows
+from timing import finish
 
 from diffusion.errors import run_cli
 
@@ -136,8 +137,7 @@ def all_reduce_row(ranks: Any) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(count):
             dist.all_reduce(buffer)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(ranks.device)
         return (time.perf_counter() - began) / count
 
     seconds(5)

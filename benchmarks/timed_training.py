@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import finish
 
 from diffusion.config import TrainConfig
 from diffusion.features import FeatureRow, FeatureStoreWriter
@@ -77,20 +78,20 @@ class TimedTrainer(Trainer):
             self._marks.append(self._mark())
         verdict = super()._train_step(*arguments)
         if done == 0:
-            self._synchronise()
+            finish(self.ranks.device)
             self.stepped_at = time.perf_counter()
         if done + 1 == last_timed:
             self._marks.append(self._mark())
-            self._synchronise()
+            finish(self.ranks.device)
             self.last_loss = verdict.loss.item()
         if self.profiled and self.state.step == self.total_steps:
-            self._synchronise()
+            finish(self.ranks.device)
             self._profiler.stop()
             self.communication = communication(self._profiler.events())
         return verdict
 
     def _begin_timing(self) -> None:
-        self._synchronise()
+        finish(self.ranks.device)
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._marks: list[Any] = []
@@ -102,10 +103,6 @@ class TimedTrainer(Trainer):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _synchronise(self) -> None:
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
 
     @property
     def seconds_of_steps(self) -> list[float]:
@@ -141,7 +138,7 @@ class TimedTrainer(Trainer):
         return saver
 
     def _save(self, saver: Any, request: Any) -> None:
-        self._synchronise()
+        finish(self.ranks.device)
         begin = time.perf_counter()
         super()._save(saver, request)
         self.waits_s.append(time.perf_counter() - begin)
@@ -153,7 +150,7 @@ class TimedTrainer(Trainer):
     def _restore(self, folder: Path) -> None:
         begin = time.perf_counter()
         super()._restore(folder)
-        self._synchronise()
+        finish(self.ranks.device)
         self.restore_s = time.perf_counter() - begin
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffusion.models.kernels.elementwise import is_tanh_gelu
 from diffusion.models.mlp import Mlp
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -58,7 +59,7 @@ def use_onednn(network: Network, enabled: bool = True) -> Network:
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
-        elif type(module) is Mlp and isinstance(module.act, nn.GELU) and module.act.approximate == "tanh":
+        elif type(module) is Mlp and is_tanh_gelu(module.act):
             module.__class__ = OneDNNMlp
     return network
 

@@ -11,12 +11,19 @@ import torch
 from torch import nn
 
 from diffusion.models import PixArt
-from diffusion.models.cpu_linear import OneDNNLinear, OneDNNMlp, OneDNNTrainingLinear, train_with_onednn, use_onednn
+from diffusion.models.cpu_linear import (
+    OneDNNLinear,
+    OneDNNMlp,
+    OneDNNTrainingLinear,
+    has_onednn,
+    train_with_onednn,
+    use_onednn,
+)
 from diffusion.models.embeddings import ApproxGelu
 from diffusion.models.mlp import DropPath, Mlp
 from tests.inference.tiny_pipeline import load_quietly, write_tiny_pipeline
 
-needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
 
 def network() -> PixArt:

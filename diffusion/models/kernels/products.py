@@ -1,7 +1,7 @@
 """Attention as two matrix products with a softmax between them, for training on CPUs that have products of bfloat16.
 
 torch's own attention for CPUs makes gradients in bfloat16 by small tiles, slower than in float32 unless the processor
-has tile instructions (AMX). Whole products are twice as fast while the logits of a head fit into its caches.
+has tile instructions (AMX). Whole products are faster while the logits of a head fit into its caches.
 
 Legend: B batch, H heads, N queries, M keys, c channels a head.
 """
