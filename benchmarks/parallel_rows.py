@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BATCHES = {256: 64, 512: 24, 1024: 6}  # samples a process; activations of XL/2 take 0.35, 1.4 and 5.6 GiB a sample
+BATCHES = {256: 128, 512: 36, 1024: 9}  # samples a process that 80 GB take, 0.4, 1.7 and 6.6 GiB each
 TINY_BATCHES = {32: 4, 64: 4}
+APART = "apart"  # all processes train at once, each as if it were the only one
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, warm_up: int) -> None:
@@ -73,7 +75,8 @@ def time_row(
     profiled: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train for a while: speed, peak memory of the fullest card, and with `profiled` steps what communication takes."""
+    """Train for a while: speed of the slowest process, peak memory of the fullest card, and with `profiled` steps what
+    communication takes."""
     from timed_training import TINY, make_config, run_timed
 
     config = make_config(
@@ -82,7 +85,7 @@ def time_row(
         batch,
         args.warm_up + args.steps + profiled,
         **{
-            "parallel": {"strategy": strategy},
+            "parallel": {"strategy": "ddp" if strategy == APART else strategy},
             "num_workers": 0 if args.tiny else 4,
             "compile": args.compile,
             **(TINY if args.tiny else {}),
@@ -90,11 +93,15 @@ def time_row(
         },
     )
     work_dir = args.folder / f"{args.part}-{strategy}-{size}-{batch}"
-    trainer = run_timed(config, work_dir, ranks, warm_up=args.warm_up, profiled=profiled)
-    peaks = ranks.gather(trainer.peak_gib)
+    among = ranks
+    if strategy == APART:
+        among, work_dir = alone(ranks), work_dir.with_name(f"{work_dir.name}-{ranks.rank}")
+        ranks.barrier()
+    trainer = run_timed(config, work_dir, among, warm_up=args.warm_up, profiled=profiled)
+    seconds, peaks = max(ranks.gather(trainer.seconds_a_step)), ranks.gather(trainer.peak_gib)
     row = {
-        "images_per_s": round(trainer.global_batch / trainer.seconds_a_step, 2),
-        "ms_a_step": round(1000 * trainer.seconds_a_step, 2),
+        "images_per_s": round(batch * ranks.world_size / seconds, 2),
+        "ms_a_step": round(1000 * seconds, 2),
         "spread": round(trainer.spread, 4),
         "peak_gib": None if peaks[0] is None else round(max(peaks), 2),
         "loss": trainer.last_loss,
@@ -103,6 +110,13 @@ def time_row(
     del trainer
     free_memory(ranks.device)
     return row
+
+
+def alone(ranks: Any) -> Any:
+    """This process on its device, without the others."""
+    own = copy.copy(ranks)
+    own.rank, own.world_size, own.owns_group = 0, 1, False
+    return own
 
 
 def free_memory(device: Any) -> None:

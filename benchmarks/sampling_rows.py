@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from parallel_rows import free_memory
 from timing import finish
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -38,6 +39,8 @@ def sampling_rows(args: argparse.Namespace, ranks: Any) -> list[dict[str, Any]]:
             )
             if ranks.is_main:
                 print(json.dumps(rows[-1]), flush=True)
+    del pipeline
+    free_memory(ranks.device)  # a process group ends only after the graphs that hold its collectives
     return rows
 
 

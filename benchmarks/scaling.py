@@ -7,11 +7,12 @@
 Sections that the output file holds from an earlier call are kept, so a section is measured in one call as a whole.
 
 training  XL/2 at each size, DDP and FSDP2: images/s, scaling against one GPU of the same call, the part of a step in
-          which communication ran and in which nothing else did (profiler), peak memory; one GPU with a quarter of the
-          batch too, which tells what a step costs beside its pictures. Bus bandwidth of an all-reduce.
+          which communication ran and in which nothing else did (profiler), peak memory. One GPU with a quarter of the
+          batch too, which tells what a step costs beside its pictures; "apart", all GPUs at once without any
+          communication, which tells what scaling the slowest of them allows. Bus bandwidth of an all-reduce.
 saving    seconds that training waits for a save, until it is on the disk, until a start has made its first step.
 sampling  latency of one picture at the largest size from caption embeddings to pixels: guidance halves apart, tokens
-          shared out (Ulysses), both.
+          shared out, both.
 
 `python tools/scaling_model.py` reads the result and reckons 64 to 1,024 GPUs (docs/scaling.md).
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_rows import (
+    APART,
     BATCHES,
     TINY_BATCHES,
     add_arguments,
@@ -45,6 +47,7 @@ from timing import finish
 from diffusion.errors import run_cli
 
 SECTIONS = ("training", "saving", "sampling")
+STRATEGIES = ("ddp", APART, "full_shard", "hybrid_shard")
 LEAST_SCALING = {("ddp", 256): 0.95, ("ddp", 512): 0.95, ("hybrid_shard", 256): 0.92, ("hybrid_shard", 512): 0.92}
 LEAST_SPEED_UP = 3.5  # of one picture on all GPUs
 BUCKET_BYTES = 100 * 2**20  # of an all-reduce of DDP here
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure (default: all)")
     add("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of GPUs (default: %(default)s)")
     add("--sizes", type=int, nargs="+", help="px; default 256 512 1024")
+    add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="of training (default: all)")
     add("--pictures", type=int, default=5, help="timed pictures a row of sampling (default: %(default)s)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="of sampling (default: all)")
     add("--output", "--out", type=Path, default=Path("benchmarks/results/scaling.json"))
@@ -102,20 +106,21 @@ def batches_of(args: argparse.Namespace) -> dict[int, int]:
 
 
 def strategies_of(processes: int) -> tuple[str, ...]:
-    """Groups of several processes, and several of them, need four."""
-    if processes == 1:
-        return ("ddp",)
-    return ("ddp", "full_shard", "hybrid_shard") if processes >= 4 else ("ddp", "full_shard")
+    """Groups of several processes, and several of them, need four; one process has nothing to share out."""
+    return STRATEGIES[: 1 if processes == 1 else 3 if processes < 4 else 4]
 
 
 def training_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     rows = []
     for size, batch in batches_of(args).items():
         for strategy in strategies_of(ranks.world_size):
+            is_extra = strategy == APART and ranks.world_size < max(args.processes)
+            if ranks.world_size > 1 and (is_extra or strategy not in args.strategies):
+                continue
             options: dict[str, Any] = {}
             if strategy == "hybrid_shard":
                 options["parallel"] = {"strategy": strategy, "shard_size": ranks.world_size // 2}
-            profiled = 3 if ranks.world_size > 1 else 0
+            profiled = 3 if ranks.world_size > 1 and strategy != APART else 0
             for samples in (batch, max(1, batch // 4)) if ranks.world_size == 1 else (batch,):
                 row = time_row(args, ranks, size, samples, strategy, profiled=profiled, **options)
                 rows.append({"processes": ranks.world_size, "strategy": strategy, "px": size, "batch": samples, **row})
@@ -156,7 +161,7 @@ def saving_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     size, rows = min(batches_of(args)), []
     if ranks.world_size not in (min(args.processes), max(args.processes)):
         return {"saving": []}
-    for strategy in strategies_of(ranks.world_size)[:2]:
+    for strategy in ("ddp",) if ranks.world_size == 1 else ("ddp", "full_shard"):
         options: dict[str, Any] = dict(TINY) if args.tiny else {}
         options |= {
             "parallel": {"strategy": strategy},
@@ -205,17 +210,18 @@ def add_ratios(figures: dict[str, Any]) -> None:
     alone = {row["px"]: row["images_per_s"] for row in reversed(figures.get("training", [])) if row["processes"] == 1}
     most = max((row["processes"] for row in figures.get("training", [])), default=1)
     for row in figures.get("training", []):
-        if row["processes"] == 1:
+        if row["processes"] == 1 or row["px"] not in alone:
             continue
         row["scaling"] = round(row["images_per_s"] / row["processes"] / alone[row["px"]], 4)
         least = LEAST_SCALING.get((row["strategy"], row["px"]))
         if row["processes"] == most and least is not None:
             bars[f"{most} x {row['strategy']} {row['px']} px scales by {least} or more"] = row["scaling"] >= least
     sampling = figures.get("sampling", [])
+    of_one = {row["mode"]: row["picture_ms"] for row in sampling if row["processes"] == 1}
     for row in sampling:
-        one = next(other for other in sampling if other["processes"] == 1 and other["mode"] == row["mode"])
-        row["speed_up"] = round(one["picture_ms"] / row["picture_ms"], 2)
-    if sampling:
+        if row["mode"] in of_one:
+            row["speed_up"] = round(of_one[row["mode"]] / row["picture_ms"], 2)
+    if of_one:
         best = {
             count: min(r["picture_ms"] for r in sampling if r["processes"] == count)
             for count in {row["processes"] for row in sampling}

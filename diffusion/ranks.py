@@ -104,8 +104,6 @@ class Ranks:
             dist.barrier()
 
     def _open_group(self, backend: str, timeout: timedelta) -> None:
-        # A collective whose blocks wait for processors holds those of its other blocks, and slows the network.
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         store, rank, world_size = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
         store = dist.PrefixStore(agreed_round(store, rank, world_size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

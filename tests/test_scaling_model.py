@@ -53,6 +53,20 @@ def test_a_host_is_found_in_its_measurements() -> None:
     assert replace(found, fixed_s=HOST.fixed_s, image_s=HOST.image_s, drag=HOST.drag) == HOST
 
 
+def test_slower_gpus_are_no_drag() -> None:
+    slow = figures()
+    for row in slow["training"]:
+        if row["processes"] == 8:
+            row["ms_a_step"] *= 1.05
+    apart = [
+        {"px": px, "strategy": "apart", "spread": 0.01, "processes": 8, "batch": batch,
+         "ms_a_step": 1.05 * 1000 * (HOST.fixed_s[px] + batch * HOST.image_s[px])}
+        for px, batch in HOST.fitting.items()
+    ]  # fmt: skip
+    slow["training"] += apart
+    assert Host.of(slow).drag == pytest.approx(1.05 * HOST.drag, rel=1e-6)
+
+
 def test_a_step_is_its_arithmetic_where_nothing_is_in_the_way() -> None:
     ideal = replace(HOST, drag=0.0, spread=0.0)
     fast = Assumptions(network_gb_s=1e6, hop_latency_us=0.0)

@@ -93,9 +93,10 @@ class Host:
         drags = []
         for row in rows:
             if row["processes"] == most and row["strategy"] == "ddp":
-                alone = fixed[row["px"]] + row["batch"] * image[row["px"]]
+                apart = (r["ms_a_step"] for r in rows if r["strategy"] == "apart" and r["px"] == row["px"])
+                alone = next(apart, 1000 * (fixed[row["px"]] + row["batch"] * image[row["px"]]))
                 talking = ring_s(most, GRADIENT_BYTES, link["bus_gb_s"])
-                drags.append(max(0.0, row["ms_a_step"] / 1000 - alone) / talking)
+                drags.append(max(0.0, row["ms_a_step"] - alone) / 1000 / talking)
         save = max(figures["saving"], key=lambda row: (row["processes"], row["strategy"] == "ddp"))
         return cls(
             most,
@@ -199,13 +200,13 @@ METHOD = """# Many GPUs: measured on one host, reckoned beyond
 
 A step of one GPU takes a fixed time and a time a sample, from two batch sizes. The gradients of XL/2 (2.44 GB in
 float32, in 24 buckets) are summed within each host at the measured bus bandwidth and between hosts at an assumed one.
-While the backward pass (two thirds of a step) hides this, it slows the step by the measured drag: what DDP added on
-the host, for each second of communication. What the backward pass cannot hide is waited for. All wait for the slowest
-GPU, by the measured spread of steps. Saves are as far apart as costs least (Young: the root of twice the wait of a
-save times the time between failures); a failure costs half of that, its detection, and a start, whose last part is
-measured. Batches and steps are those of the paper's stages; where a GPU would have less than one sample the global
-batch grows and the steps become fewer in proportion, which the paper did not try. Stage 1 (a DiT) is counted as a
-PixArt of the same size.
+While the backward pass (two thirds of a step) hides this, it slows the step by the measured drag: what DDP added on the
+host to a step of all GPUs "apart" (at once, without communication), for each second of communication. What the backward
+pass cannot hide is waited for. All wait for the slowest GPU, by the measured spread of steps. Saves are as far apart as
+costs least (Young: the root of twice the wait of a save times the time between failures); a failure costs half of that,
+its detection, and a start, whose last part is measured. Batches and steps are those of the paper's stages; where a GPU
+would have less than one sample the global batch grows and the steps become fewer in proportion, which the paper did not
+try. Stage 1 (a DiT) is counted as a PixArt of the same size.
 
 Not in it: the file system, which has to feed all hosts (about 0.5 MB of features a sample at 256 px), networks whose
 bandwidth shrinks with distance, and hosts that fail together.

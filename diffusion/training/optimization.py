@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
 from diffusion.training.low_bit import adamw_8bit
-from diffusion.training.sharding import local, part_like, whole
+from diffusion.training.sharding import live_tensors, local, part_like, sum_over_shards
 
 REFERENCE_BATCH = 256
 _ADAM_EPS = 1e-10  # the original's
@@ -190,7 +191,7 @@ class WeightAverage:
         self.num_updates += 1
         early = (1 + self.num_updates) / (10 + self.num_updates)
         rate = min(self.rate, early) if self.warm_up else self.rate
-        blend(self.tensors, model.state_dict(), 1 - rate)
+        blend(self.tensors, live_tensors(model), 1 - rate)
 
     @torch.no_grad()
     def live_in(self, model: nn.Module) -> None:
@@ -211,10 +212,16 @@ class WeightAverage:
         self.num_updates = num_updates
 
 
+@torch.no_grad()
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients together, shards of all processes included, on the device, without reading it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients))
+    meshes = {gradient.device_mesh for gradient in gradients if isinstance(gradient, DTensor)}
+    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+    if not meshes:
+        return norm
+    (mesh,) = meshes  # `parallel.shard` leaves nothing unsharded
+    return sum_over_shards(norm.square(), mesh).sqrt()
 
 
 def update_unless(skip: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -28,7 +28,7 @@ from diffusion.files import sync
 from diffusion.training.building import model_options
 from diffusion.training.optimization import blend
 from diffusion.training.posthoc_ema import Profile, combine, gamma_of, update_weight
-from diffusion.training.sharding import part_like
+from diffusion.training.sharding import live_tensors, part_like
 from diffusion.training.starting import new_network
 
 FOLDER = "posthoc_ema"
@@ -48,7 +48,7 @@ class PosthocAverages:
 
     def update(self, model: nn.Module, step: int) -> None:
         """Fold in the weights after optimiser step `step`, 1 = the first."""
-        current = model.state_dict()
+        current = live_tensors(model)
         for sigma_rel, average in self.tensors.items():
             blend(average, current, update_weight(self._gammas[sigma_rel], step))
 

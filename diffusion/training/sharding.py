@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -15,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _SHELL = "_shell_before_sharding"
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory."""
+def local(tensor: Any) -> Any:
+    """The part of a tensor that this process holds, sharing its memory; of anything else, itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -46,6 +50,65 @@ def is_sharded(network: nn.Module) -> bool:
 def mesh_of(network: nn.Module) -> DeviceMesh | None:
     """The processes that share a network that is not in use; None = it is not sharded."""
     return next((weight.device_mesh for weight in network.parameters() if isinstance(weight, DTensor)), None)
+
+
+def live_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a state dict names, without its copies and hooks, which cost too much for every step."""
+    named = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    return dict(named)
+
+
+@contextlib.contextmanager
+def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
+    """Within, an optimiser has this process's shards for parameters, gradients and moments: plain tensors.
+
+    An update of each element by itself comes out the same, and the dispatch of DTensors, which takes the host longer
+    than the launch of the kernels, is spared. Yields the parameters of all groups.
+    """
+    groups, moments = optimizer.param_groups, optimizer.state
+    parameters = [group["params"] for group in groups]
+    if not any(isinstance(parameter, DTensor) for parameter in chain(*parameters)):
+        yield [*chain(*parameters)]
+        return
+    with torch.no_grad():  # where no shard is a copy
+        shards = {parameter: local(parameter) for parameter in chain(*parameters)}
+        held = {
+            shards[parameter]: {name: local(value) for name, value in values.items()}
+            for parameter, values in moments.items()
+        }
+        for parameter, shard in shards.items():
+            shard.grad = None if parameter.grad is None else local(parameter.grad)
+    for group in groups:
+        group["params"] = [shards[parameter] for parameter in group["params"]]
+    optimizer.state = defaultdict(dict, held)
+    try:
+        yield [*shards.values()]
+    finally:
+        for group, own in zip(groups, parameters):
+            group["params"] = own
+        with torch.no_grad():
+            for parameter, shard in shards.items():
+                shard.grad = None
+                for name, value in optimizer.state.get(shard, {}).items():
+                    before = moments[parameter].get(name)
+                    if before is None or local(before) is not value:  # made in this step
+                        moments[parameter][name] = _whole_moment(value, parameter)
+        optimizer.state = moments
+
+
+def _whole_moment(value: Any, parameter: Tensor) -> Any:
+    """A moment made on a shard as part of a whole like the parameter; numbers (a step count) are what they are."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != local(parameter).shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def sum_over_shards(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Add up, in place, what each process has summed over its shards; collective."""
+    dist.all_reduce(value, group=mesh.get_group("shard"))
+    return value
 
 
 def shell_of(network: nn.Module) -> Any:

@@ -38,7 +38,7 @@ from diffusion.training.reports import Reporting, Reports
 from diffusion.training.requests import Request, Requests, resume_command
 from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.saving import Saver, falls_on
-from diffusion.training.sharding import is_sharded
+from diffusion.training.sharding import is_sharded, on_shards
 from diffusion.training.state import RunState, read_record
 from diffusion.training.verdict import Verdict
 from diffusion.training.watchdog import Watchdog
@@ -278,9 +278,10 @@ class Trainer:
             state.settle()  # the step before this one, while the device is busy with this one
             for group in state.optimizer.param_groups:
                 group["lr"] = self._base_lr * self._factor(state.updates)
-            if self.config.gradient_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, verdict.norm)
-            update_unless(verdict.skip, state.optimizer, state.scaler)
+            with on_shards(state.optimizer) as shards:
+                if self.config.gradient_clip is not None:
+                    torch.nn.utils.clip_grads_with_norm_(shards, self.config.gradient_clip, verdict.norm)
+                update_unless(verdict.skip, state.optimizer, state.scaler)
         self.faults.after_step(state.network, step)
         state.finish_step(verdict)
         self.stragglers.end_step()
