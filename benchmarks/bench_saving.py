@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from report import write_report
-from timed_training import make_config, write_features
+from timed_training import TimedTrainer, make_config, write_features
 from timing import finish
 
 from diffusion.config import load_config
 from diffusion.devices import cpu_multiplies_bfloat16
 from diffusion.models import PixArt
 from diffusion.ranks import Ranks
-from diffusion.training import Reporting, Trainer, denoising_objective
+from diffusion.training import Reporting, denoising_objective
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.saving import Saver
 from diffusion.training.state import RunState
@@ -85,25 +85,26 @@ class Step:
     disturbed: bool
 
 
-class SavingTrainer(Trainer):
-    """Times all steps and saves; each entry of `saves` is a wait and the steps that follow it."""
+class SavingTrainer(TimedTrainer):
+    """Times all steps, too: `steps[n]` are those after n saves, whose waits are in `waits_s`."""
+
+    saves = "last"
 
     def _build_saver(self) -> Any:
         self.saver = super()._build_saver()
-        self.saves: list[tuple[float, list[Step]]] = [(0.0, [])]
+        self.steps: list[list[Step]] = [[]]
         return self.saver
 
     def _train_step(self, *arguments: Any) -> Any:
         disturbed, begin = self.saver.is_writing(), time.perf_counter()
         verdict = super()._train_step(*arguments)
         finish(self.ranks.device)
-        self.saves[-1][1].append(Step(time.perf_counter() - begin, disturbed or self.saver.is_writing()))
+        self.steps[-1].append(Step(time.perf_counter() - begin, disturbed or self.saver.is_writing()))
         return verdict
 
     def _save(self, saver: Any, request: Any) -> None:
-        begin = time.perf_counter()
         super()._save(saver, request)
-        self.saves.append((time.perf_counter() - begin, []))
+        self.steps.append([])
 
 
 def cost_in_a_run(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, float]:
@@ -128,17 +129,17 @@ def cost_in_a_run(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[
     reporting = Reporting(tensorboard=False)
     trainer = SavingTrainer(config, denoising_objective, folder / "run", reporting=reporting, ranks=ranks)
     trainer.fit()
-    quiet = trainer.saves[0][1][1:]  # before the first save; the first step of all warms up
-    return summary(quiet, trainer.saves[2:-1])
+    quiet = trainer.steps[0][1:]  # before the first save; the first step of all warms up
+    return summary(quiet, trainer.waits_s[1:-1], trainer.steps[2:-1])
 
 
-def summary(quiet: list[Step], saves: list[tuple[float, list[Step]]]) -> dict[str, float]:
-    """Medians over saves; steps that no write disturbed say how long a step takes."""
-    undisturbed = [step for _, steps in saves for step in steps if not step.disturbed]
+def summary(quiet: list[Step], waits_s: list[float], after: list[list[Step]]) -> dict[str, float]:
+    """Medians over saves, with the steps after each; steps that no write disturbed say how long a step takes."""
+    undisturbed = [step for steps in after for step in steps if not step.disturbed]
     step = statistics.median(step.seconds for step in quiet + undisturbed)
-    disturbed = [[step.seconds for step in steps if step.disturbed] for _, steps in saves]
+    disturbed = [[step.seconds for step in steps if step.disturbed] for steps in after]
     slower = statistics.median(sum(seconds) - step * len(seconds) for seconds in disturbed)
-    wait = statistics.median(seconds for seconds, _ in saves)
+    wait = statistics.median(waits_s)
     lost = wait + max(slower, 0.0)
     return {
         "step_s": round(step, 4),

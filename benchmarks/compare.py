@@ -164,9 +164,11 @@ def precision_of(row: Row, device: Any) -> Any:
 
     from diffusion.devices import cpu_multiplies_bfloat16
 
-    if row.kind == "train" and row.bundled and not row.float32 and cpu_multiplies_bfloat16():
+    if row.float32:
+        return torch.float32
+    if row.kind == "train" and row.bundled and cpu_multiplies_bfloat16():
         return torch.bfloat16
-    return torch.float32 if row.float32 else compute_dtype(device)
+    return compute_dtype(device)
 
 
 def figures_of(result: Any, flops: float, rate: float, kind: str) -> dict[str, Any]:

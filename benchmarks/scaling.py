@@ -47,7 +47,7 @@ from timing import finish
 from diffusion.errors import run_cli
 
 SECTIONS = ("training", "saving", "sampling")
-STRATEGIES = ("ddp", APART, "full_shard", "hybrid_shard")
+STRATEGIES = ("ddp", "full_shard", "hybrid_shard", APART)
 LEAST_SCALING = {("ddp", 256): 0.95, ("ddp", 512): 0.95, ("hybrid_shard", 256): 0.92, ("hybrid_shard", 512): 0.92}
 LEAST_SPEED_UP = 3.5  # of one picture on all GPUs
 BUCKET_BYTES = 100 * 2**20  # of an all-reduce of DDP here
@@ -105,18 +105,20 @@ def batches_of(args: argparse.Namespace) -> dict[int, int]:
     return {size: known[size] for size in args.sizes or known}
 
 
-def strategies_of(processes: int) -> tuple[str, ...]:
-    """Groups of several processes, and several of them, need four; one process has nothing to share out."""
-    return STRATEGIES[: 1 if processes == 1 else 3 if processes < 4 else 4]
+def strategies_of(args: argparse.Namespace, processes: int) -> list[str]:
+    """Of training. One process shares nothing out; groups of several processes, and several of them, need four."""
+    if processes == 1:
+        return ["ddp"]
+    left_out = {APART} if processes < max(args.processes) else set()
+    if processes < 4:
+        left_out.add("hybrid_shard")
+    return [strategy for strategy in STRATEGIES if strategy in args.strategies and strategy not in left_out]
 
 
 def training_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     rows = []
     for size, batch in batches_of(args).items():
-        for strategy in strategies_of(ranks.world_size):
-            is_extra = strategy == APART and ranks.world_size < max(args.processes)
-            if ranks.world_size > 1 and (is_extra or strategy not in args.strategies):
-                continue
+        for strategy in strategies_of(args, ranks.world_size):
             options: dict[str, Any] = {}
             if strategy == "hybrid_shard":
                 options["parallel"] = {"strategy": strategy, "shard_size": ranks.world_size // 2}

@@ -59,7 +59,7 @@ class TimedTrainer(Trainer):
     """Times steps after a warm-up, and ends without a save unless one is asked for.
 
     warm_up, profiled: steps before and after the timed ones; the profiled ones say how long processes communicate.
-    saves: "no"; "last": the last step is saved; "timed": each save is waited for, and timed.
+    saves: "no"; "last": those of the config, the last step at least; "timed": each is waited for, and timed.
     """
 
     warm_up, profiled, saves = 5, 0, "no"

@@ -245,9 +245,11 @@ def test_scaling(tmp_path: Path) -> None:
     run("benchmarks/scaling.py", "--tiny", *sizes, "--out", out)
     result = json.loads(out.read_text())
     rows = [(row["processes"], row["strategy"], row["batch"]) for row in result["training"]]
-    assert rows == [(1, "ddp", 4), (1, "ddp", 1), (2, "ddp", 4), (2, "full_shard", 4)]
+    assert rows == [(1, "ddp", 4), (1, "ddp", 1), (2, "ddp", 4), (2, "full_shard", 4), (2, "apart", 4)]
     assert 0 < result["training"][2]["exposed_communication_share"] <= result["training"][2]["communication_share"] < 1
     assert result["training"][2]["loss"] == pytest.approx(result["training"][3]["loss"], rel=1e-5)
+    assert result["training"][4]["loss"] == result["training"][0]["loss"]  # as one process alone
+    assert "communication_share" not in result["training"][4]
     assert all(0 < row["wait_s"] < row["on_disk_after_s"] for row in result["saving"])
     ways = [("alone", 1), ("guidance apart", 2), ("tokens alone shared", 2)]
     assert [(row["mode"], row["way"], row["processes"]) for row in result["sampling"]] == [

@@ -21,7 +21,7 @@ class OneDNNLinear(nn.Linear):
     """`nn.Linear`; without gradients, on the CPU in float32, by oneDNN."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _product(self, inputs) if _suits(self, inputs) else super().forward(inputs)
+        return _product(inputs, self.weight, self.bias) if _suits(self, inputs) else super().forward(inputs)
 
 
 class OneDNNTrainingLinear(nn.Linear):
@@ -40,7 +40,7 @@ class OneDNNMlp(Mlp):
     def forward(self, inputs: Tensor) -> Tensor:
         if not (type(self.fc1) is OneDNNLinear and _suits(self.fc1, inputs)):
             return super().forward(inputs)
-        outputs: Tensor = self.fc2(_product(self.fc1, inputs, "gelu", "tanh"))
+        outputs: Tensor = self.fc2(_product(inputs, self.fc1.weight, self.fc1.bias, "gelu", "tanh"))
         return outputs
 
 
@@ -89,8 +89,8 @@ def _is_float32(layer: nn.Linear, inputs: Tensor) -> bool:
     return isinstance(layer.weight, nn.Parameter) and inputs.dtype == layer.weight.dtype == torch.float32
 
 
-def _product(layer: nn.Linear, inputs: Tensor, activation: str = "none", form: str = "") -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, layer.weight, layer.bias, activation, [], form)
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "") -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, activation, [], form)
     return product
 
 
@@ -106,8 +106,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 @torch.library.custom_op("pixart::onednn_linear", mutates_args=())
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-    return product
+    return _product(inputs, weight, bias)
 
 
 @_linear.register_fake

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from diffusion.config import TrainConfig
 from diffusion.errors import ConfigError
 from diffusion.training.low_bit import adamw_8bit
-from diffusion.training.sharding import live_tensors, local, part_like, sum_over_shards
+from diffusion.training.sharding import live_tensors, local, mesh_of, part_like, sum_over_shards
 
 REFERENCE_BATCH = 256
 _ADAM_EPS = 1e-10  # the original's
@@ -216,12 +215,9 @@ class WeightAverage:
 def global_norm(parameters: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients together, shards of all processes included, on the device, without reading it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    meshes = {gradient.device_mesh for gradient in gradients if isinstance(gradient, DTensor)}
-    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
-    if not meshes:
-        return norm
-    (mesh,) = meshes  # `parallel.shard` leaves nothing unsharded
-    return sum_over_shards(norm.square(), mesh).sqrt()
+    norm, mesh = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients]), mesh_of(gradients)
+    # `parallel.shard` puts all of a network on one mesh.
+    return norm if mesh is None else sum_over_shards(norm.square(), mesh).sqrt()
 
 
 def update_unless(skip: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -58,7 +58,7 @@ def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
         beside: the trained network, placed.
     """
     network.requires_grad_(False).eval()
-    mesh, device = mesh_of(beside), next(beside.parameters()).device
+    mesh, device = mesh_of(beside.parameters()), next(beside.parameters()).device
     if mesh is not None:
         shard(network, mesh, config, frozen=True)
         network.register_forward_hook(lambda module, arguments, output: forget_forward(module))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -47,9 +47,9 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def mesh_of(network: nn.Module) -> DeviceMesh | None:
-    """The processes that share a network that is not in use; None = it is not sharded."""
-    return next((weight.device_mesh for weight in network.parameters() if isinstance(weight, DTensor)), None)
+def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
+    """The processes that share tensors of a network that is not in use; None = they are not sharded."""
+    return next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
 
 
 def live_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -66,12 +66,13 @@ def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
     than the launch of the kernels, is spared. Yields the parameters of all groups.
     """
     groups, moments = optimizer.param_groups, optimizer.state
-    parameters = [group["params"] for group in groups]
-    if not any(isinstance(parameter, DTensor) for parameter in chain(*parameters)):
-        yield [*chain(*parameters)]
+    by_group = [group["params"] for group in groups]
+    parameters = [*chain(*by_group)]
+    if mesh_of(parameters) is None:
+        yield parameters
         return
     with torch.no_grad():  # where no shard is a copy
-        shards = {parameter: local(parameter) for parameter in chain(*parameters)}
+        shards = {parameter: local(parameter) for parameter in parameters}
         held = {
             shards[parameter]: {name: local(value) for name, value in values.items()}
             for parameter, values in moments.items()
@@ -84,7 +85,7 @@ def on_shards(optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
     try:
         yield [*shards.values()]
     finally:
-        for group, own in zip(groups, parameters):
+        for group, own in zip(groups, by_group):
             group["params"] = own
         with torch.no_grad():
             for parameter, shard in shards.items():
