@@ -31,7 +31,6 @@ _logger = logging.getLogger(__name__)
 CAPTION_LENGTHS = (32, 64, 120, 300)  # captions are padded to the next of these: each length has a graph of its own
 CARD_KERNELS = Kernels(attention="auto", text="packed")  # in half precision on CUDA
 MAX_GRAPHS = 8  # solver loops kept, by size, batch, caption length, steps and solver
-_MAX_SHAPES = 64  # compiled forms of a block; torch's own limit of 8 is below the number of trained sizes
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,8 @@ class FastPath:
             self.say(f"fast sampling: nothing is compiled, {missing}")
             return
         kernel_cache()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
         mode = "max-autotune-no-cudagraphs" if settings.autotune else None
-        for block in network.blocks:
-            block.compile(fullgraph=True, dynamic=False, mode=mode)
+        network.compile_blocks(dynamic=False, fullgraph=True, mode=mode)
         if device.type == "cuda" and self.can_decode(vae):
             vae.decoder.compile(dynamic=False, mode=mode)
             if movable:

@@ -7,7 +7,7 @@ State-dict keys and shapes are the original's (`base_model.*`, `controlnet.*`), 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +88,10 @@ class ControlPixArt(nn.Module):
         """Of the base model: it holds the null caption."""
         return self.base_model.y_embedder
 
-    def compile_blocks(self, *, dynamic: bool | None = None) -> None:
+    def compile_blocks(self, *, dynamic: bool | None = None, **options: Any) -> None:
         """See `PixArt.compile_blocks`."""
-        self.base_model.compile_blocks(dynamic=dynamic)
-        compile_blocks(self.controlnet, dynamic=dynamic)
+        self.base_model.compile_blocks(dynamic=dynamic, **options)
+        compile_blocks(self.controlnet, dynamic=dynamic, **options)
 
     def share_tokens(self, sharing: TokenSharing | None) -> None:
         """See `PixArt.share_tokens`; the condition is given as a strip as well."""

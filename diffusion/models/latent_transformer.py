@@ -40,12 +40,12 @@ def _position_embedding(
         return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
 
 
-def compile_blocks(blocks: nn.ModuleList, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+def compile_blocks(blocks: nn.ModuleList, *, dynamic: bool | None = None, **options: Any) -> None:
     """See `LatentTransformer.compile_blocks`."""
     if dynamic is False:  # beyond the limit torch runs uncompiled; a table of aspect ratios has about 40 shapes
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)  # type: ignore[attr-defined]
     for block in blocks:
-        block.compile(dynamic=dynamic, backend=backend)
+        block.compile(dynamic=dynamic, **options)
 
 
 class LatentTransformer(nn.Module):
@@ -86,7 +86,7 @@ class LatentTransformer(nn.Module):
             if isinstance(module, SelfAttention):
                 module.fp32 = enabled
 
-    def compile_blocks(self, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+    def compile_blocks(self, *, dynamic: bool | None = None, **options: Any) -> None:
         """Let torch.compile fuse the work inside each block; all blocks share one compilation, state-dict keys stay.
 
         Needs a C++ compiler (CPU) or Triton (GPU). The first steps are slow.
@@ -94,8 +94,9 @@ class LatentTransformer(nn.Module):
         Args:
             dynamic: False = once for each shape of tokens and captions, which gives the fastest code; None = another
                 shape is compiled once, for all further ones.
+            options: others of torch.compile: mode, fullgraph, backend.
         """
-        compile_blocks(self.blocks, dynamic=dynamic, backend=backend)
+        compile_blocks(self.blocks, dynamic=dynamic, **options)
 
     def share_tokens(self, sharing: TokenSharing | None) -> None:
         """From now on the latents given to this process are its strip of rows of the picture, (B, C, h / P, w), and so
