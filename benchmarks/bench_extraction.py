@@ -16,7 +16,7 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,12 @@ def main() -> None:
     if args.folder is not None:
         args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        figures = measure(args, Path(name))
-    write_report(args.out, figures)
+        for figures in measure(args, Path(name)):
+            write_report(args.out, figures)  # after every part: a call that is cut off leaves those it has
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The figures, and the same again with each further part."""
     import torch
 
     from diffusion.devices import choose_device
@@ -74,10 +75,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "disk_mb_per_s": round(disk_rate(folder, 8 if args.tiny else 512)),
     }
     figures["captions"] = captions(args, folder, device, peak)
+    yield figures
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    figures["pictures"] = pictures(args, folder, device, peak)
-    return figures
+    figures["pictures"] = {}
+    for entry in args.pictures:
+        px, ours, original, batch_size = map(int, entry.split(":"))
+        figures["pictures"][str(px)] = pictures(px, ours, original, batch_size, args, folder, device, peak)
+        yield figures
 
 
 def disk_rate(folder: Path, megabytes: int) -> float:
@@ -224,19 +229,19 @@ class Store:
 # Pictures
 
 
-def pictures(args: argparse.Namespace, folder: Path, device: Any, peak: float) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for entry in args.pictures:
-        px, ours, original, batch_size = map(int, entry.split(":"))
-        jpegs = make_jpegs(folder / f"jpeg{px}", ours + 2 * batch_size, px)
-        results[str(px)] = {
-            "batch_size": batch_size,
-            **our_pictures(px, batch_size, jpegs, args, folder, device, peak),
-            "original_per_s": round(original_rate(jpegs[:original], folder / f"npy{px}", px, args.tiny, device), 2),
-        }
-        results[str(px)]["ratio"] = round(results[str(px)]["ours_per_s"] / results[str(px)]["original_per_s"], 1)
-        say(f"{px} px: {results[str(px)]}")
-    return results
+def pictures(
+    px: int, ours: int, original: int, batch_size: int, args: argparse.Namespace, folder: Path, device: Any, peak: float
+) -> dict[str, Any]:
+    """One size: `ours` and `original` are the numbers of pictures that each way encodes."""
+    jpegs = make_jpegs(folder / f"jpeg{px}", ours + 2 * batch_size, px)
+    result = {
+        "batch_size": batch_size,
+        **our_pictures(px, batch_size, jpegs, args, folder, device, peak),
+        "original_per_s": round(original_rate(jpegs[:original], folder / f"npy{px}", px, args.tiny, device), 2),
+    }
+    result["ratio"] = round(result["ours_per_s"] / result["original_per_s"], 1)
+    say(f"{px} px: {result}")
+    return result
 
 
 def our_pictures(

@@ -294,9 +294,14 @@ def main() -> None:
             if failure is not None:
                 rows[row if not found else f"{row} rest"] = {"completes": False, "failure": failure}
             print(json.dumps({key: rows[key] for key in rows if key.startswith(row)}), flush=True)
-        for key, comparison in compare(folder, args.rows).items():
-            rows[key] |= comparison
+            for key, comparison in compare(folder, args.rows).items():
+                rows[key] |= comparison
+            report(args, rows)  # after every row: a call that is cut off leaves those it has
     print(table(rows))
+
+
+def report(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """Write the rows measured so far, and what they say of the bars."""
     sizes = "tiny networks" if args.tiny else "T5-XXL, PixArt XL/2 1024-MS, SD VAE"
     figures = {"benchmark": f"memory plans, {sizes}, random weights, {args.size} px, {args.steps} steps"}
     write_report(args.out, {**figures, "device": device_name(args.device), "bars": bars(rows), "rows": rows})
