@@ -35,6 +35,7 @@ from diffusion.models.kernels import Kernels, use_kernels
 from tests.inference.tiny_pipeline import load_quietly, tiny_transformer, write_tiny_pipeline
 from tests.tiny import TINY_TEXT_CHANNELS
 
+BUNDLED = Path(__file__).parents[2] / "output/pretrained_models/emoji-256"
 CAPTURABLE = ("dpm-solver", "ddim", "deis", "lcm")
 STEPS = {"lcm": 4}
 
@@ -277,6 +278,17 @@ def test_lossy_savings_change_the_picture_a_little(pipeline_folder: Path) -> Non
         pipe.enable_fast_sampling(**settings)
         found = pipe("a red apple", **{**ARGUMENTS, "num_inference_steps": 6}).images
         assert 0 < (found - expected).abs().mean() < 0.5 * expected.std()
+
+
+def test_a_vae_in_bfloat16_hardly_changes_a_colour() -> None:
+    pipe, settings = load_quietly(BUNDLED), {"num_inference_steps": 4, "seed": 1, "output_type": "np"}
+    exact = pipe("red apple", **settings).images
+    pipe.enable_fast_sampling(compile=False, vae_bfloat16=True)
+    found = pipe("red apple", **settings).images
+    assert pipe.vae.dtype == torch.bfloat16
+    steps = abs(np.round(found * 255) - np.round(exact * 255))
+    assert steps.any() and (steps <= 1).mean() > 0.995 and steps.max() <= 8
+    assert -10 * np.log10(np.mean((found - exact) ** 2)) > 50  # dB
 
 
 def test_shortcuts_save_passes(pipeline_folder: Path) -> None:
