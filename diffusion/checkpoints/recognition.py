@@ -253,8 +253,8 @@ def _input_size(
 ) -> int:
     """Latent side at the training size: from the position table, or as given."""
     given = None if image_size is None else image_size // VAE_FACTOR
-    if image_size is not None and image_size % (VAE_FACTOR * patch):
-        raise CheckpointError(f"image_size={image_size} is no multiple of {VAE_FACTOR * patch} px")
+    if image_size is not None and (image_size < 1 or image_size % (VAE_FACTOR * patch)):
+        raise CheckpointError(f"image_size={image_size} is no positive multiple of {VAE_FACTOR * patch} px")
     if "pos_embed" not in shapes:
         if given is not None:
             return given

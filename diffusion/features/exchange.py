@@ -25,6 +25,7 @@ from diffusion.features.original import (
 )
 from diffusion.features.rows import FeatureRow
 from diffusion.features.sources import Source
+from diffusion.features.sources.sample import inside
 from diffusion.features.store import FeatureStore
 from diffusion.features.writer import FeatureStoreWriter
 from diffusion.files import write_atomically
@@ -40,7 +41,8 @@ def export_original(root: str | Path, out: str | Path, max_length: int = 120) ->
     Of several captions of a picture the first is written: the layout has room for one.
 
     Raises:
-        DataError: no store, an output folder that is not empty, or two pictures whose files would have one name.
+        DataError: no store, an output folder that is not empty, two pictures whose files would have one name, or one
+            whose key leaves the folder.
     """
     store, out = FeatureStore(root), _empty(out)
     scaled = store.fingerprint.get("multi_scale", len(set(store.buckets())) > 1)
@@ -52,8 +54,8 @@ def export_original(root: str | Path, out: str | Path, max_length: int = 120) ->
         if name in names:
             raise DataError(f"{names[name]!r} and {row.key!r} would both be {name}.npy in the original's layout")
         names[name] = row.key
-        for path in (out / _CAPTIONS / name, latents / name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (out / _CAPTIONS, latents):
+            inside(folder, name, f"{root}, picture {row.key!r}").parent.mkdir(parents=True, exist_ok=True)
         write_caption_npz(out / _CAPTIONS / f"{name}.npz", row.caption_embeds[0], max_length)
         write_latents_npy(latents / f"{name}.npy", row.latents_mean, row.latents_std)
         height, width = row.image_size

@@ -327,6 +327,8 @@ def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out:
     Raises:
         DataError: more; with the number, the last reason, and how to go on.
     """
+    if not 0 <= share <= 1:
+        raise DataError(f"max_rejected={share} must lie in 0..1")
     allowed = max(1, int(total * share))
     if len(rejected) > allowed:
         raise DataError(

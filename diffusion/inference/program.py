@@ -113,10 +113,12 @@ def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _require_effect(args: argparse.Namespace) -> None:
-    """Refuse options of a ControlNet that would do nothing."""
+    """Refuse options that would do nothing without the picture they belong to."""
     for name in ("controlnet", "hed", "condition_strength"):
         if getattr(args, name) is not None and args.control_image is None:
             raise PromptError(f"--{name} is given without --control_image; give the picture to follow")
+    if args.strength is not None and args.image is None:
+        raise PromptError("--strength is given without --image; give the picture to begin from")
 
 
 def styled(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], str | None]:
@@ -151,7 +153,7 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
 def speed_up(pipeline: PixArtPipeline, args: argparse.Namespace) -> None:
     """Fast sampling as the arguments ask for it."""
     options = {name: getattr(args, name) for name in ("autotune", "fp8", "guidance_until", "reuse_every")}
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
     if args.fast:
         half = pipeline.transformer.dtype == torch.bfloat16 and choose_device(args.device).type == "cuda"
         pipeline.enable_fast_sampling(vae_bfloat16=half, **given)

@@ -74,6 +74,8 @@ class PixArtConfig:
             raise ValueError(f"prediction_type={self.prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}")
         if isinstance(self.kv_compress, Mapping):
             object.__setattr__(self, "kv_compress", KVCompression(**self.kv_compress))
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads={self.num_heads} must be at least 1")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads} and by 4")
         if self.micro_condition and self.hidden_size % 3:

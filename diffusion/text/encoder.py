@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -85,8 +86,10 @@ class CaptionEncoder:
                     str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True
                 )
             model, loading = loaded
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, UnpicklingError):  # torch's own words advise to run it
+                reason = "its weights are a pickle of more than tensors, which is not opened"
             raise CheckpointError(f"{folder}: the T5 tokenizer or text encoder cannot be loaded ({reason})") from error
         if loading["missing_keys"]:
             # transformers would go on with random weights in their place.

@@ -110,23 +110,32 @@ class Reports:
             )  # fmt: skip
 
     def validate(self) -> None:
-        """Loss on every rank, grid on the main one, both with the averaged weights if there are any."""
-        if self.validation_loss is None and self._grid is None:
+        """Loss on every rank, grid on the main one, both with the averaged weights if there are any.
+
+        Raises:
+            PixArtError, OSError: the grid cannot be drawn or written; on all ranks alike.
+        """
+        if self.config.validation_every_steps is None:
             return
-        step = self.state.step
         with evaluated_network(self.state) as network:
-            loss = self.validation_loss(network) if self.validation_loss is not None else None
-            picture = self._grid.draw(network) if self._grid is not None else None
-        if loss is not None and self._metrics is not None:
-            self._metrics.write(step, {"validation_loss": loss})
-            LOGGER.info("step %d  validation loss %.4f", step, loss)
-        if picture is not None and self._metrics is not None:
-            path = self.work_dir / "validation" / f"step_{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-            self._metrics.picture(step, "validation", picture)
-            LOGGER.info("step %d  validation grid: %s", step, path)
-        self.ranks.barrier()
+            if self.validation_loss is not None:
+                loss = self.validation_loss(network)
+                if self._metrics is not None:
+                    self._metrics.write(self.state.step, {"validation_loss": loss})
+                    LOGGER.info("step %d  validation loss %.4f", self.state.step, loss)
+            self.ranks.on_main(lambda: self._draw_grid(network))
+
+    def _draw_grid(self, network: Any) -> None:
+        if self._grid is None:
+            return
+        assert self._metrics is not None
+        step = self.state.step
+        picture = self._grid.draw(network)
+        path = self.work_dir / "validation" / f"step_{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        self._metrics.picture(step, "validation", picture)
+        LOGGER.info("step %d  validation grid: %s", step, path)
 
     def _announce(self) -> None:
         config, ranks, sampler = self.config, self.ranks, self.sampler

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.config import TrainConfig
 from diffusion.data import AspectRatioBatchSampler, EndlessBatches, build_loader
-from diffusion.errors import ConfigError, PreemptedError
+from diffusion.errors import ConfigError, PixArtError, PreemptedError
 from diffusion.files import write_atomically
 from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
@@ -250,12 +250,23 @@ class Trainer:
                 self.reports.log(window)
             if falls_on(step, self.config.validation_every_steps, self.total_steps):
                 with window.paused():
-                    self.reports.validate()
+                    self._validate(saver)
             if saver.is_due() or request is not Request.NONE:
                 with window.paused():
                     self._save(saver, request)
                 requests.met(request)
         return request
+
+    def _validate(self, saver: Saver) -> None:
+        """As `Reports.validate`; a picture that cannot be drawn does not cost the steps that led to it."""
+        try:
+            self.reports.validate()
+        except (PixArtError, OSError):  # on all processes alike
+            self._save(saver, Request.FAIL)
+            LOGGER.error(
+                "validation failed; step %d is saved, go on with: %s", self.state.step, resume_command(self.ranks)
+            )
+            raise
 
     def _save(self, saver: Saver, request: Request) -> None:
         """Begin to save; whatever is logged until here is on the disk before the checkpoint is."""

@@ -113,7 +113,7 @@ class PromptGrid:
         network.eval()
         self.pipeline.transformer = network
         embeds, mask = self.captions
-        null_embeds, null_mask = self.null
+        null_embeds, null_mask = self.null if self.null_caption == "t5_empty" else (None, None)
         settings = {
             "num_inference_steps": self.settings.num_inference_steps,
             "guidance_scale": self.settings.guidance_scale,

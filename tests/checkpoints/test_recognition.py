@@ -93,6 +93,9 @@ def test_what_no_key_tells_is_asked_for() -> None:
     family, config, notes = recognise(bare, "x", num_heads=2, image_size=64)
     assert (family, config.model_max_length, len(notes)) == ("alpha", 120, 1)
     assert recognise(bare, "x", num_heads=2, image_size=64, family="sigma")[1].model_max_length == 300
+    for heads, pixels, message in ((0, 64, "num_heads=0"), (-1, 64, "num_heads=-1"), (2, -64, "no positive multiple")):
+        with pytest.raises(CheckpointError, match=message):
+            recognise(bare, "x", num_heads=heads, image_size=pixels)
     with pytest.raises(CheckpointError, match="choose one of alpha, sigma"):
         recognise(bare, "x", num_heads=2, image_size=64, family="beta")
     with pytest.raises(CheckpointError, match="only Sigma has"):

@@ -155,6 +155,17 @@ def test_webdataset_round_trip(tmp_path: Path) -> None:
         import_webdataset(tmp_path / "tars", tmp_path / "more")
 
 
+def test_a_key_that_leaves_the_folder_is_not_exported(tmp_path: Path) -> None:
+    writer = FeatureStoreWriter(tmp_path / "s", FINGERPRINT, NULL)
+    row = make_row(0)
+    row.key = "0.tar/../../../stolen/a.png"
+    writer.add(row)
+    writer.close()
+    with pytest.raises(DataError, match=r"stolen.* leaves"):
+        export_original(tmp_path / "s", tmp_path / "out" / "o")
+    assert not list(tmp_path.rglob("*.np[yz]"))
+
+
 def test_original_layout_round_trip_and_training_on_it(tmp_path: Path) -> None:
     writer = FeatureStoreWriter(tmp_path / "s", {"image_size": 64, "multi_scale": False}, NULL, dtype="fp32")
     for number in range(5):

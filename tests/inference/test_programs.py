@@ -142,6 +142,8 @@ def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monk
         (["--image", "gone.png"], "error: gone.png"),
         (["--fp8"], "error: --fp8 is given without --fast; add it"),
         (["--fast", "--guidance_until", "2"], "error: guidance_until=2.0 must lie in 0..1"),
+        (["--fast", "--reuse_every", "0"], "error: reuse_every=0 must be"),
+        (["--strength", "0.5"], "error: --strength is given without --image"),
         (["--binning"], "error: use_resolution_binning has no sizes for a model of 64 px"),
     ],
 )

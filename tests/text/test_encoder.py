@@ -101,6 +101,14 @@ def test_damaged_weights_are_a_checkpoint_error(tmp_path: Path) -> None:
         CaptionEncoder.from_pretrained(tmp_path)
 
 
+def test_pickled_code_in_weights_is_refused(tmp_path: Path) -> None:
+    write_tiny_pipeline_parts(tmp_path)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    torch.save({"x": Path}, tmp_path / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle of more than tensors"):
+        CaptionEncoder.from_pretrained(tmp_path)
+
+
 def test_missing_weights_are_not_replaced_by_random_ones(tmp_path: Path) -> None:
     write_tiny_pipeline_parts(tmp_path)
     path = tmp_path / "text_encoder" / "model.safetensors"

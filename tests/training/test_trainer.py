@@ -150,6 +150,24 @@ def test_training_learns_and_validates(config_file: Path, tmp_path: Path) -> Non
     assert trainer.state.network.training
 
 
+def test_the_grid_is_drawn_with_a_stored_null_caption(config_file: Path, tmp_path: Path) -> None:
+    options = ["null_caption=stored", "max_steps=1", "validation.num_samples=0", "validation.prompts=['a cat']"]
+    run(load_config(config_file, [*options, "validation.num_inference_steps=2"]), tmp_path)
+    assert (tmp_path / "validation" / "step_0000001.png").is_file()
+    assert (tmp_path / "checkpoints" / "checkpoint-1").is_dir()
+
+
+def test_a_grid_that_cannot_be_written_does_not_cost_the_steps(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "validation").write_text("where the folder of grids should be")
+    options = ["max_steps=2", "validation.every_steps=1", "validation.prompts=['a cat']", "save_model_steps=2"]
+    with pytest.raises(FileExistsError, match="validation"):
+        run(load_config(config_file, [*options, "validation.num_inference_steps=2"]), tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-1").is_dir()
+    (tmp_path / "validation").unlink()
+    run(load_config(config_file, [*options, "validation.num_inference_steps=2", "resume_from=latest"]), tmp_path)
+    assert (tmp_path / "validation" / "step_0000002.png").is_file()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_stays_near_float32(precision: str, config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, ["max_steps=3"]), tmp_path / "full")

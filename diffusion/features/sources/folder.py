@@ -16,6 +16,7 @@ from diffusion.features.sources.sample import (
     PictureFile,
     Sample,
     Source,
+    as_utf8,
     collect,
     inside,
     make_sample,
@@ -70,7 +71,7 @@ def scan_folder(root: str | Path, splits: Sequence[str] | None = None, columns: 
 
 
 def find_pictures(root: Path) -> tuple[dict[str, Path], list[Maker]]:
-    """Key -> path of all pictures below a folder, hidden ones left out; and those whose keys clash."""
+    """Key -> path of all pictures below a folder, hidden ones left out; and those whose keys clash or are no text."""
     found: dict[str, Path] = {}
     clashes: list[Maker] = []
     for path in sorted(root.rglob("*")):
@@ -78,7 +79,9 @@ def find_pictures(root: Path) -> tuple[dict[str, Path], list[Maker]]:
         if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
         key = normal_key(path.relative_to(root).as_posix())
-        if key in found:
+        if (shown := str(path).encode("utf-8", "replace").decode()) != str(path):
+            clashes.append((shown, refuse(f"{shown}: the file name is not UTF-8; rename it")))
+        elif key in found:
             reason = f"{found[key]} and {path} have the same name after Unicode normalisation; rename one"
             clashes.append((str(path), refuse(reason)))
         else:
@@ -125,7 +128,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    text = path.read_bytes().removeprefix(_BOM).decode("utf-8", "replace")
+    try:
+        text = as_utf8(path.read_bytes().removeprefix(_BOM), str(path))
+    except DataError as error:
+        yield str(path), str(error)
+        return
     csv.field_size_limit(1 << 24)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -157,12 +164,12 @@ def _beside(key: str, path: Path, caption: Path) -> Sample:
 
 
 def read_text(path: Path) -> str:
-    """A text file of a person's: UTF-8 with or without byte-order mark; bytes that are none are replaced visibly.
+    """A text file of a person's: UTF-8 with or without byte-order mark.
 
     Raises:
-        DataError: unreadable.
+        DataError: unreadable, or of another encoding.
     """
     try:
-        return path.read_bytes().removeprefix(_BOM).decode("utf-8", "replace")
+        return as_utf8(path.read_bytes().removeprefix(_BOM), str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); mend or remove it") from error

@@ -183,6 +183,14 @@ def as_text(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def as_utf8(content: bytes, place: str) -> str:
+    """Text of bytes; raises DataError, naming `place`, where they are none: a guess would train on wrong captions."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
+
+
 def normal_key(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
-from diffusion.features.sources.sample import Maker, Sample, Source, collect, make_sample, normal_key, refuse
+from diffusion.features.sources.sample import (
+    Maker,
+    Sample,
+    Source,
+    as_utf8,
+    collect,
+    inside,
+    make_sample,
+    normal_key,
+    refuse,
+)
 from diffusion.images import IMAGE_SUFFIXES
 
 _MAX_TEXT_BYTES = 10_000_000
@@ -55,6 +65,7 @@ def scan_tars(paths: Sequence[Path], splits: Sequence[str] | None = None) -> Sou
 
 def _tar(path: Path) -> Iterator[Maker]:
     groups: dict[str, dict[str, _Member]] = {}
+    repeated: list[str] = []
     damage = None
     try:
         with tarfile.open(path, "r:") as tar:
@@ -64,7 +75,9 @@ def _tar(path: Path) -> Iterator[Maker]:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     entry = groups.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                    entry[suffix.lower()] = (member.offset_data, member.size)
+                    if suffix.lower() in entry:
+                        repeated.append(f"{path}!{member.name}")
+                    entry.setdefault(suffix.lower(), (member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if not groups:
             raise DataError(f"{path} is no uncompressed tar ({error}); unpack .tar.gz to .tar first") from error
@@ -72,11 +85,14 @@ def _tar(path: Path) -> Iterator[Maker]:
     for stem, members in groups.items():
         place = f"{path}!{stem}"
         yield place, lambda place=place, stem=stem, members=members: _grouped(path, place, stem, members)  # type: ignore[misc]
+    for place in repeated:
+        yield place, refuse(f"{place}: a second member of this name; rename one")
     if damage:
         yield str(path), refuse(damage)
 
 
 def _grouped(path: Path, place: str, stem: str, members: dict[str, _Member]) -> Sample:
+    inside(path, stem, place)
     suffix = next((suffix for suffix in members if f".{suffix.rsplit('.', 1)[-1]}" in IMAGE_SUFFIXES), None)
     if suffix is None:
         raise DataError(f"{place} has no picture, only {', '.join(sorted(members))}; add one or remove it")
@@ -90,7 +106,7 @@ def _grouped(path: Path, place: str, stem: str, members: dict[str, _Member]) -> 
             raise DataError(f"{place}.json is no object of columns")
         row.update(content)
     if "txt" in members:
-        row["text"] = _stretch(path, members["txt"], f"{place}.txt").decode("utf-8", "replace")
+        row["text"] = as_utf8(_stretch(path, members["txt"], f"{place}.txt"), f"{place}.txt")
     name = f"{stem}.{suffix}"
     return make_sample(place, normal_key(f"{path.name}/{name}"), PictureInTar(path, name, *members[suffix]), row)
 
