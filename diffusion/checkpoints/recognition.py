@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from diffusion.models.embeddings import sincos_position_embedding
 FAMILIES = ("alpha", "sigma")
 VAE_FACTOR = 8  # pixels a latent covers along each side, in every published model
 _TOKENS = {"alpha": 120, "sigma": 300}
+_SIZE_CONDITIONS = "csize_embedder.mlp.0.weight"
 # Wrappers that other programs put before every key: DDP, torch.compile, and single files of whole pipelines.
 _PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 _CORE = (
@@ -174,7 +175,7 @@ def recognise(
             pred_sigma=shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
             caption_channels=shapes["y_embedder.y_proj.fc1.weight"][1],
             model_max_length=tokens,
-            micro_condition="csize_embedder.mlp.0.weight" in shapes,
+            micro_condition=_SIZE_CONDITIONS in shapes,
             qk_norm="blocks.0.attn.q_norm.weight" in shapes,
             kv_compress=_kv_compression(shapes),
         )
@@ -230,12 +231,17 @@ def default_tokens(family: str) -> int:
     return _TOKENS[family]
 
 
+def tells_image_size(keys: Collection[str]) -> bool:
+    """Whether weights tell the size of their pictures: by a position table, or as one with size conditions."""
+    return "pos_embed" in keys or _SIZE_CONDITIONS in keys
+
+
 def _family(shapes: Mapping[str, tuple[int, ...]], source: str, given: str | None, notes: list[str]) -> str:
     tokens = shapes.get("y_embedder.y_embedding", (0,))[0]
     options = [key for key in shapes if re.search(r"\.attn\.(q_norm|sr)\.weight$", key)]
     if options or tokens == _TOKENS["sigma"]:
         found = "sigma"
-    elif tokens == _TOKENS["alpha"] or "csize_embedder.mlp.0.weight" in shapes:
+    elif tokens == _TOKENS["alpha"] or _SIZE_CONDITIONS in shapes:
         found = "alpha"
     else:
         family = "alpha" if given is None else given
@@ -258,7 +264,7 @@ def _input_size(
     if "pos_embed" not in shapes:
         if given is not None:
             return given
-        if "csize_embedder.mlp.0.weight" in shapes:
+        if _SIZE_CONDITIONS in shapes:
             notes.append("no pos_embed in the file, taken for 1024 px as every published model with size conditions")
             return 1024 // VAE_FACTOR
         raise CheckpointError(f"{source} does not tell its image size (no pos_embed); give image_size, e.g. 512")

@@ -25,10 +25,16 @@ def vae_folder(folder: str | Path) -> Path:
     return found
 
 
-def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_vae(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Any:
     """Load a diffusers VAE (eval mode, frozen) from local files: AutoencoderKL, or DALL-E 3's consistency decoder.
 
-    Raises CheckpointError.
+    `variant` is of the names of the weight files ("fp16"). Raises CheckpointError.
     """
     from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 
@@ -36,7 +42,7 @@ def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: t
     try:
         name = json.loads((found / "config.json").read_text(encoding="utf-8")).get("_class_name")
         cls = ConsistencyDecoderVAE if name == "ConsistencyDecoderVAE" else AutoencoderKL
-        vae = cls.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype)
+        vae = cls.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype, variant=variant)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{found}: the VAE cannot be loaded ({reason})") from error

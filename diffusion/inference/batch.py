@@ -96,7 +96,8 @@ def load_pipeline(
         )
     if text_encoder is not None and (inner := Path(text_encoder) / "t5-v1_1-xxl").is_dir():
         text_encoder = inner  # the original's --t5_path is the folder around it
-    given = {"text_encoder": text_encoder, "vae": vae, **options}
+    folders = {"text_encoder": text_encoder, "vae": vae}
+    given: dict[str, Any] = {name: folder for name, folder in folders.items() if folder is not None} | options
     if (model_path / "text_encoder").is_dir() or (text_encoder is not None and (model_path / "vae").is_dir()):
         return PixArtPipeline.from_pretrained(model_path, **given)
     if not parts.is_dir() and (text_encoder is None or vae is None):

@@ -23,9 +23,11 @@ def load_networks(
     transformer: str | Path | PixArt | ControlPixArt,
     controlnet: str | Path | None,
     *,
-    ema: bool,
     device: str | torch.device,
     dtype: torch.dtype,
+    ema: bool = False,
+    variant: str | None = None,
+    image_size: int | None = None,
 ) -> tuple[PixArt, ControlPixArt | None]:
     """The network that draws and, where there is one, the ControlNet around it.
 
@@ -33,6 +35,7 @@ def load_networks(
         transformer: a checkpoint of any kind, or a network; a ControlNet (file) brings its own base.
         controlnet: a ControlNet file for `transformer`, whose weights take the place of the base in the file; or a
             `checkpoint-N` of its training.
+        ema, variant, image_size: of `transformer`; see `open_checkpoint` (image_size: `untold_image_size`).
     Raises:
         CheckpointError: see `open_checkpoint`; `controlnet` is made for another kind of model; or both are ControlNets.
     """
@@ -40,7 +43,7 @@ def load_networks(
     if isinstance(transformer, (PixArt, ControlPixArt)):
         network = transformer.to(device=device, dtype=dtype).eval()
     else:
-        checkpoint = open_checkpoint(transformer, ema=ema)
+        checkpoint = open_checkpoint(transformer, ema=ema, variant=variant, untold_image_size=image_size)
         network = checkpoint.build_control(device, dtype) if checkpoint.control else checkpoint.build(device, dtype)
     if isinstance(network, ControlPixArt):
         if controlnet is not None:

@@ -144,18 +144,23 @@ def picture_generators(
 
     Args:
         seed: seed, seed + 1, ...; a list as it is; None = drawn from torch's global generator.
-        generator: instead of seed, one a picture; the seeds are then None.
+        generator: instead of seed, one a picture, or one for all, from which they draw in turn, so that on a CPU the
+            noise is that of stock diffusers; the seeds are then None.
     Raises:
-        PromptError: another number of seeds or generators than pictures, both given, or a seed that is no integer
-            in 0..2^63 - 1.
+        PromptError: another number of seeds or generators than pictures, both given, no generators, or a seed that is
+            no integer in 0..2^63 - 1.
     """
     if generator is not None:
-        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        generators = [generator] * count if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, Sequence) or not all(isinstance(each, torch.Generator) for each in generators):
+            raise PromptError(
+                f"generator={generator!r} must be a torch.Generator or a list of them; seed is for numbers"
+            )
         if seed is not None:
             raise PromptError("seed and generator are both given; give one of them")
         if len(generators) != count:
             raise PromptError(f"generator has {len(generators)} entries for {count} pictures; give one each, or a seed")
-        return generators, None
+        return list(generators), None
     if seed is None:
         seed = torch.randint(2**31, (count,)).tolist()
     seeds = list(range(seed, seed + count)) if isinstance(seed, int) and not isinstance(seed, bool) else seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from diffusion.inference.solvers import make_scheduler, stock_scheduler
 if TYPE_CHECKING:
     from diffusion.inference.parts import PipelineParts
 
+PARTS = ("text_encoder", "transformer", "vae")  # those with weights
 _PIPELINE_FILES = ("*.json", "*.model", "*model.safetensors", "*model-0*.safetensors")
 _MODEL_INDEX = {
     "_class_name": "PixArtAlphaPipeline",
@@ -30,12 +32,14 @@ _MODEL_INDEX = {
 }
 
 
-def pipeline_folder(name: str | Path) -> Path:
+def pipeline_folder(name: str | Path, *, variant: str | None = None, revision: str | None = None) -> Path:
     """A local folder as it is, or the downloaded files of a model on the hub, as "PixArt-alpha/PixArt-XL-2-512x512".
 
     Files of the hub's cache are used when the network is absent (or HF_HUB_OFFLINE is set); HF_HOME and HF_ENDPOINT
     count.
 
+    Args:
+        variant: of weight files ("fp16"); parts without it are fetched as they are. revision: of the repository.
     Raises:
         CheckpointError: neither a folder nor a hub model that can be had.
     """
@@ -43,7 +47,46 @@ def pipeline_folder(name: str | Path) -> Path:
     if hub_id is None:
         return Path(name)
     repo, inner = hub_id
-    return hub_folder(repo, _PIPELINE_FILES, "folders of a pipeline") / (inner or "")
+    what = "folders of a pipeline"
+    if variant is None:
+        return hub_folder(repo, _PIPELINE_FILES, what, revision=revision) / (inner or "")
+    files = ("*.json", "*.model", f"*model.{variant}*safetensors")
+    folder = hub_folder(repo, files, what, revision=revision) / (inner or "")
+    if plain := [part for part in PARTS if (folder / part).is_dir() and part_variant(folder, part, variant) is None]:
+        inner = f"{inner}/" if inner else ""
+        patterns = [f"{inner}{part}/{name}" for part in plain for name in _PIPELINE_FILES]
+        hub_folder(repo, patterns, what, revision=revision)
+    return folder
+
+
+def part_variant(folder: str | Path, name: str, variant: str | None) -> str | None:
+    """The variant where a part (`name` in a pipeline folder, or the folder itself) has weights of it.
+
+    None = its plain files, as diffusers mixes them. A hub id that is yet to be fetched keeps the variant.
+    """
+    root = Path(folder)
+    part = root / name if (root / name).is_dir() else root
+    if variant is None or (part.is_dir() and not any(part.glob(f"*.{variant}[.-]*"))):
+        return None
+    return variant
+
+
+def require_files(folder: Path, *, variant: str | None, safetensors_only: bool) -> None:
+    """Refuse a pipeline folder none of whose parts has the variant, or one with a part in other files than asked for.
+
+    Raises:
+        CheckpointError: naming the part and what it holds.
+    """
+    names = [part for part in PARTS if (folder / part).is_dir()]
+    if variant is not None and names and not any(part_variant(folder, part, variant) for part in names):
+        raise CheckpointError(f"{folder} has no weights of variant {variant!r}; leave variant out, or give one it has")
+    for part in (folder / name for name in names):
+        if safetensors_only and not any(part.glob("*.safetensors")):
+            others = ", ".join(sorted(path.name for path in part.glob("*.bin"))) or "no weights"
+            raise CheckpointError(
+                f"{part} has {others}, and use_safetensors=True asks for .safetensors; leave it out to open the others "
+                "(no code in them runs)"
+            )
 
 
 def published_pipeline(name: str, *, fetch: bool = False) -> Path | None:
@@ -58,7 +101,7 @@ def published_pipeline(name: str, *, fetch: bool = False) -> Path | None:
     if fetch:
         return pipeline_folder(repo)
     index = cached_file(repo, "model_index.json")
-    if index is None or not all(_has_weights(index.parent / part) for part in ("transformer", "text_encoder", "vae")):
+    if index is None or not all(_has_weights(index.parent / part) for part in PARTS):
         return None
     return index.parent
 
@@ -119,6 +162,9 @@ def _write_parts(pipeline: PipelineParts, folder: Path, dtype: torch.dtype | Non
         if dtype is not None and module.dtype != dtype:
             module = copy.deepcopy(module).to(dtype)
         module.save_pretrained(str(folder / name))
+    # transformers loads T5 in the type that its config names, the others come in float32: unless told, all are alike.
+    described = folder / "text_encoder" / "config.json"
+    described.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', described.read_text(encoding="utf-8")))
     network = pipeline.transformer
     has_stored_null = bool(network.y_embedder.y_embedding.any())
     save_transformer(network, folder / "transformer", dtype=dtype, stored_null_caption=has_stored_null)

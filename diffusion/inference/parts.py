@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusion.checkpoints.recognition import VAE_FACTOR
 from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import load_vae
 from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
 from diffusion.inference.fast import FastSampling
-from diffusion.inference.folders import load_scheduler, pipeline_folder, save_pipeline
+from diffusion.inference.folders import load_scheduler, part_variant, pipeline_folder, require_files, save_pipeline
 from diffusion.inference.fp8 import is_quantized
 from diffusion.inference.lora import LoraAdapters, require_plain
 from diffusion.inference.memory import (
@@ -35,12 +36,13 @@ from diffusion.inference.memory import (
 from diffusion.inference.solvers import fitting_scheduler
 from diffusion.models import HED, ControlPixArt, PixArt, pad_captions
 from diffusion.models.cpu_linear import use_onednn
-from diffusion.text import CaptionEncoder, make_float16_safe
+from diffusion.text import CaptionEncoder, load_tokenizer, make_float16_safe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _logger = logging.getLogger(__name__)
+OWN: Any = object()  # an argument left out: the folder's own part, where None means to go without
 
 
 class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
@@ -95,50 +97,73 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         cls,
         folder: str | Path,
         *,
-        transformer: str | Path | PixArt | ControlPixArt | None = None,
+        transformer: str | Path | PixArt | ControlPixArt | None = OWN,
         controlnet: str | Path | None = None,
         edge_detector: str | Path | HED | None = None,
-        text_encoder: str | Path | None = None,
-        vae: str | Path | None = None,
+        text_encoder: str | Path | nn.Module | None = OWN,
+        vae: str | Path | nn.Module | None = OWN,
+        scheduler: Any = None,
         ema: bool = False,
         algorithm: str | None = None,
         device: str | torch.device = "cpu",
         torch_dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        revision: str | None = None,
+        use_safetensors: bool | None = None,
+        image_size: int | None = None,
     ) -> Self:
         """Load a pipeline folder, or a model of the hub by its name.
 
         Args:
             folder: tokenizer, text_encoder, vae, scheduler, and transformer unless given; see `pipeline_folder`.
             transformer: another transformer folder, a `checkpoint-N` of a run, or a network; ema: its averaged weights.
-                A ControlNet (file) brings its own base.
+                A ControlNet (file) brings its own base. None = without: the pipeline encodes prompts alone.
             controlnet: a ControlNet file for the transformer. edge_detector: `ControlNetHED.pth`, or the network; with
                 it `control_image` is any picture, without it a picture of edges.
-            text_encoder, vae: other folders, or hub names, of T5 with its tokenizer and of the VAE.
-            algorithm: solver name (see `make_scheduler`); None = the folder's scheduler.
+            text_encoder, vae: other folders, or hub names, of T5 with its tokenizer and of the VAE, or the modules;
+                None = without: prompts are then given as embeddings, pictures returned as latents.
+            scheduler: one of diffusers; None = the folder's. algorithm: instead, a solver by name (`make_scheduler`).
             torch_dtype: of text encoder and transformer. vae_dtype: of the VAE; float16 overflows in many of them.
+            variant: of weight files ("fp16"), for each part that has it. revision: of a hub repository.
+            use_safetensors: True = refuse weights in other files.
+            image_size: px, of a transformer file that does not tell its own (no `pos_embed`).
         Raises:
-            CheckpointError: something is missing or damaged. PromptError: unknown algorithm.
+            CheckpointError: something is missing or damaged. PromptError: unknown algorithm, or no dtype of torch.
         """
+        for name, value in (("torch_dtype", torch_dtype), ("vae_dtype", vae_dtype)):
+            if not isinstance(value, torch.dtype):
+                raise PromptError(f"{name}={value!r} must be a dtype of torch, such as torch.float16")
+        if scheduler is not None and algorithm is not None:
+            raise PromptError("scheduler and algorithm are both given; give one of them")
         detector = load_edge_detector(edge_detector, device)
-        folder = pipeline_folder(folder)
-        text_folder = folder if text_encoder is None else pipeline_folder(text_encoder)
-        encoder = CaptionEncoder.from_pretrained(text_folder, device=device, dtype=torch_dtype)
-        scheduler = load_scheduler(folder, algorithm)
-        autoencoder = load_vae(folder if vae is None else pipeline_folder(vae), device=device, dtype=vae_dtype)
-        source = folder if transformer is None else transformer
-        network, control = load_networks(source, controlnet, ema=ema, device=device, dtype=torch_dtype)
-        if isinstance(source, (str, Path)) and torch.device(device).type == "cpu":  # a given network stays as it is
-            use_onednn(network if control is None else control)
-        scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
-        weights = str(source) if isinstance(source, (str, Path)) else "the transformer"
-        _require_one_model(encoder.model, autoencoder, network, f"{text_folder}", weights)
-        return cls(encoder.tokenizer, encoder.model, autoencoder, network, scheduler, control, detector)
+        folder = pipeline_folder(folder, variant=variant, revision=revision)
+        require_files(folder, variant=variant, safetensors_only=use_safetensors is True)
+        tokenizer, encoder = open_text(folder, text_encoder, device=device, dtype=torch_dtype, variant=variant)
+        autoencoder = open_vae(folder, vae, device=device, dtype=vae_dtype, variant=variant)
+        scheduler = load_scheduler(folder, algorithm) if scheduler is None else scheduler
+        network, control, source = None, None, folder if transformer is OWN else transformer
+        if source is not None:
+            named = isinstance(source, (str, Path))
+            chosen = part_variant(source, "transformer", variant) if isinstance(source, (str, Path)) else None
+            network, control = load_networks(
+                source, controlnet, device=device, dtype=torch_dtype, ema=ema, variant=chosen, image_size=image_size
+            )
+            if named and torch.device(device).type == "cpu":  # a given network stays as it is
+                use_onednn(network if control is None else control)
+            scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
+            _require_one_model(encoder, autoencoder, network, str(source) if named else "the transformer")
+        return cls(tokenizer, encoder, autoencoder, network, scheduler, control, detector)
 
     def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, dtype: torch.dtype | None = None
+        self, folder: str | Path, dtype: torch.dtype | None = None, *, safe_serialization: bool = True
     ) -> None:
         """Write a new folder that stock diffusers opens; see `save_pipeline`. A ControlNet stays in its own file."""
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False: pickled weights are not written; leave it out")
+        for name in ("text_encoder", "vae", "transformer"):
+            if getattr(self, name) is None:
+                raise CheckpointError(f"the pipeline cannot be saved without its {name}; load it again with all parts")
         require_plain(self.transformer, "the pipeline cannot be saved")
         if is_quantized(self.transformer):
             raise CheckpointError("the pipeline cannot be saved with FP8 layers; load it again without fp8")
@@ -211,7 +236,9 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent covers along each side."""
+        """Pixels a latent covers along each side; without a VAE, those of every published model."""
+        if self.vae is None:
+            return VAE_FACTOR
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -290,14 +317,37 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
                 hook.pre_forward(module)  # it waits for `forward`, which solvers do not call
 
 
-def _require_one_model(text_encoder: Any, vae: Any, network: PixArt, texts: str, weights: str) -> None:
+def open_text(
+    folder: Path, given: Any, *, device: str | torch.device, dtype: torch.dtype, variant: str | None
+) -> tuple[Any, Any]:
+    """Tokenizer and T5 of a folder or, if `given` is one, of another; T5 itself may be given, or None to go without."""
+    if given is OWN or isinstance(given, (str, Path)):
+        source = folder if given is OWN else pipeline_folder(given)
+        chosen = part_variant(source, "text_encoder", variant)
+        encoder = CaptionEncoder.from_pretrained(source, device=device, dtype=dtype, variant=chosen)
+        return encoder.tokenizer, encoder.model
+    if given is None and not (folder / "tokenizer").is_dir():
+        return None, None
+    return load_tokenizer(folder), given if given is None else make_float16_safe(given)
+
+
+def open_vae(folder: Path, given: Any, *, device: str | torch.device, dtype: torch.dtype, variant: str | None) -> Any:
+    """The VAE of a folder or, if `given` is one, of another; or what is given."""
+    if given is OWN or isinstance(given, (str, Path)):
+        source = folder if given is OWN else pipeline_folder(given)
+        chosen = part_variant(source, "vae", variant)
+        return load_vae(source, device=device, dtype=dtype, variant=chosen)
+    return given
+
+
+def _require_one_model(text_encoder: Any, vae: Any, network: PixArt, weights: str) -> None:
     """Refuse parts of different models before anything is drawn. Raises CheckpointError."""
-    wanted, given = network.config.caption_channels, text_encoder.config.d_model
-    if wanted != given:
+    wanted = network.config.caption_channels
+    if text_encoder is not None and wanted != (given := text_encoder.config.d_model):
         raise CheckpointError(
-            f"{weights} reads captions of width {wanted}, the T5 of {texts} gives {given}; give the pipeline that the "
-            "model belongs to (--pipeline_load_from, or --t5_path)"
+            f"{weights} reads captions of width {wanted}, the T5 of {text_encoder.name_or_path or 'it'} gives "
+            f"{given}; give the pipeline that the model belongs to (--pipeline_load_from, or --t5_path)"
         )
-    wanted, given = network.config.in_channels, vae.config.latent_channels
-    if wanted != given:
+    wanted = network.config.in_channels
+    if vae is not None and wanted != (given := vae.config.latent_channels):
         raise CheckpointError(f"{weights} reads latents of {wanted} channels, the VAE gives {given}; give its own VAE")

@@ -107,6 +107,7 @@ class PixArtPipeline(PipelineParts):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PixArtOutput:
         """Draw pictures: all of the first prompt, then all of the second, ...
 
@@ -121,7 +122,7 @@ class PixArtPipeline(PipelineParts):
                 height x width, which may be any.
             seed: picture i of this call uses seed + i; a list gives one a picture; None = random (see the recipes).
                 A picture is the same whatever batch it is drawn in, with stochastic solvers too.
-            generator: instead of seed: one a picture.
+            generator: instead of seed: one a picture, or one that draws the noise of all, picture after picture.
             latents: (B, 4, h, w) of N(0, 1), the noise to begin with instead of the generators'.
             null_caption: "t5_empty", T5("") under its own mask (diffusers), or "stored", the model's null embedding
                 under the caption's mask (native official files); None = as the pipeline's attribute says.
@@ -134,7 +135,7 @@ class PixArtPipeline(PipelineParts):
                 the ControlNet adds, in both passes of guidance; 1 as trained, 0 = exactly the base.
             output_type: "pil", "pt", "np" or "latent"; see `PixArtOutput`. return_dict: False = the tuple (images,).
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}) after each step; latents of
-                the dict it returns replace the current ones.
+                the dict it returns replace the current ones. callback_on_step_end_tensor_inputs: no others are given.
         Raises:
             PromptError: an argument outside its range. NumericalError: a stage gives values that are not finite.
         """
@@ -181,6 +182,12 @@ class PixArtPipeline(PipelineParts):
     def _draw(self, given: Mapping[str, Any]) -> Drawn:
         """The arguments of a call to latents, which a card may still be working on."""
         request = SamplingRequest(model=self._facts, **{name: given[name] for name in _REQUEST_FIELDS})
+        if self.vae is None and (request.output_type != "latent" or request.image is not None or request.controlled):
+            raise PromptError("this pipeline has no VAE; ask for output_type='latent', or load it with one")
+        if others := set(given["callback_on_step_end_tensor_inputs"]) - {"latents"}:
+            raise PromptError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(sorted(others))}; only latents change"
+            )
         self._require_fitting_scheduler()
         warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
@@ -222,11 +229,14 @@ class PixArtPipeline(PipelineParts):
 
     @property
     def _facts(self) -> ModelFacts:
+        if self.transformer is None:
+            raise PromptError("this pipeline has no transformer and encodes prompts alone; load it with one to draw")
         config = self.transformer.config
         return ModelFacts(
             default_size=self.default_size,
             size_multiple=self.vae_factor * config.patch_size,
             channels=config.in_channels,
+            caption_channels=config.caption_channels,
             null_caption=self.null_caption,
             clean_caption=self.clean_captions,
             has_controlnet=self.controlnet is not None,

@@ -140,6 +140,7 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
         edge_detector=args.hed,
         algorithm=algorithm,
         ema=args.ema,
+        image_size=args.image_size,
         torch_dtype=choose_dtype(args.dtype, choose_device(args.device), few_steps=algorithm == "lcm"),
     )
     pipeline.set_progress_bar_config(disable=None, leave=False)

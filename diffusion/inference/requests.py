@@ -19,7 +19,7 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a request has to know of the model: sizes in px, latent channels, conventions it was trained with.
+    """What a request has to know of the model: sizes in px, latent and caption channels, conventions of its training.
 
     Args:
         default_size: side of a picture when none is given. size_multiple: px that a token covers.
@@ -29,6 +29,7 @@ class ModelFacts:
     default_size: int
     size_multiple: int
     channels: int
+    caption_channels: int
     null_caption: str
     clean_caption: bool
     has_controlnet: bool
@@ -216,7 +217,8 @@ class SamplingRequest:
             raise PromptError("control_image needs a ControlNet; load the pipeline with controlnet=FILE (--controlnet)")
 
     def _check_captions(self) -> None:
-        _check_one("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask)
+        width = self.model.caption_channels
+        _check_one("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask, width)
         if self.prompt is None and self.prompt_embeds is None:
             raise PromptError("prompt=None: give prompt, or prompt_embeds with prompt_attention_mask")
         _check_one(
@@ -224,6 +226,7 @@ class SamplingRequest:
             self.negative_prompt,
             self.negative_prompt_embeds,
             self.negative_prompt_attention_mask,
+            width,
         )
         if self.null_caption == "stored" and self._has_negative():
             raise PromptError("negative_prompt replaces the null caption; use null_caption='t5_empty' with it")
@@ -235,13 +238,17 @@ class SamplingRequest:
             )
 
 
-def _check_one(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None) -> None:
+def _check_one(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, width: int) -> None:
     if text is not None and embeds is not None:
         raise PromptError(f"{name} and {name}_embeds are both given; give one of them")
     if (embeds is None) != (mask is None):
         raise PromptError(f"{name}_embeds and {name}_attention_mask belong together; give both")
     if embeds is not None and mask is not None and (embeds.ndim != 3 or embeds.shape[:2] != mask.shape):
         raise PromptError(f"{name}_embeds {tuple(embeds.shape)} must be (P, L, C) and its mask (P, L)")
+    if embeds is not None and embeds.shape[2] != width:
+        raise PromptError(
+            f"{name}_embeds have {embeds.shape[2]} channels, the transformer reads {width}; encode with its T5"
+        )
 
 
 def _as_texts(value: Any, name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Captions: cleaning and T5 encoding."""
 
 from diffusion.text.cleaning import CLEANER_VERSION, MAX_CAPTION_CHARS, clean_caption
-from diffusion.text.encoder import CaptionEncoder, make_float16_safe, text_folders
+from diffusion.text.encoder import CaptionEncoder, load_tokenizer, make_float16_safe, text_folders
 from diffusion.text.int8 import Int8Linear, quantize_linears
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "CaptionEncoder",
     "Int8Linear",
     "clean_caption",
+    "load_tokenizer",
     "make_float16_safe",
     "quantize_linears",
     "text_folders",

@@ -69,28 +69,29 @@ class CaptionEncoder:
         dtype: torch.dtype = torch.float32,
         max_length: int = 120,
         int8: bool = False,
+        variant: str | None = None,
     ) -> CaptionEncoder:
         """Load from a diffusers pipeline folder (`tokenizer/` and `text_encoder/`) or from a plain T5 folder.
 
-        Only local files are read. With int8 the linear layers take one byte a weight.
+        Only local files are read. With int8 the linear layers take one byte a weight. `variant` is of the names of the
+        weight files ("fp16").
         In float16 some layers stay in float32, see `make_float16_safe`.
         Raises CheckpointError when a part is missing or unreadable.
         """
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import T5EncoderModel
 
-        tokenizer_folder, encoder_folder = text_folders(folder)
+        tokenizer, encoder_folder = load_tokenizer(folder), text_folders(folder)[1]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
             with _quiet_loading():
                 loaded: Any = T5EncoderModel.from_pretrained(
-                    str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True
+                    str(encoder_folder), local_files_only=True, dtype=dtype, output_loading_info=True, variant=variant
                 )
             model, loading = loaded
         except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, UnpicklingError):  # torch's own words advise to run it
                 reason = "its weights are a pickle of more than tensors, which is not opened"
-            raise CheckpointError(f"{folder}: the T5 tokenizer or text encoder cannot be loaded ({reason})") from error
+            raise CheckpointError(f"{encoder_folder}: the T5 text encoder cannot be loaded ({reason})") from error
         if loading["missing_keys"]:
             # transformers would go on with random weights in their place.
             missing = sorted(loading["missing_keys"])
@@ -105,14 +106,7 @@ class CaptionEncoder:
 
         Raises CheckpointError when the tokenizer is missing or unreadable.
         """
-        from transformers import AutoTokenizer
-
-        tokenizer_folder = text_folders(folder)[0]
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{tokenizer_folder}: the tokenizer cannot be loaded ({error})") from error
-        backend = tokenizer.backend_tokenizer  # not the tokenizer: it would warn of every long caption
+        backend = load_tokenizer(folder).backend_tokenizer  # not the tokenizer: it would warn of every long caption
         return lambda captions: [len(encoding.ids) for encoding in backend.encode_batch(list(captions))]
 
     @property
@@ -242,6 +236,18 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The T5 tokenizer of a pipeline or T5 folder. Raises CheckpointError when it is missing or unreadable."""
+    from transformers import AutoTokenizer
+
+    found = text_folders(folder)[0]
+    try:
+        return AutoTokenizer.from_pretrained(str(found), local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{found}: the T5 tokenizer cannot be loaded ({reason})") from error
 
 
 def text_folders(folder: str | Path) -> tuple[Path, Path]:
