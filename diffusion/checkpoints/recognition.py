@@ -23,14 +23,9 @@ _TOKENS = {"alpha": 120, "sigma": 300}
 _SIZE_CONDITIONS = "csize_embedder.mlp.0.weight"
 # Wrappers that other programs put before every key: DDP, torch.compile, and single files of whole pipelines.
 _PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
-_CORE = (
-    "x_embedder.proj.weight",
-    "t_embedder.mlp.0.weight",
-    "y_embedder.y_proj.fc1.weight",
-    "blocks.0.attn.qkv.weight",
-    "blocks.0.mlp.fc1.weight",
-    "final_layer.linear.weight",
-)
+# Without these nothing tells what a file should hold; whatever else is missing is listed by the comparison.
+_CORE = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "blocks.0.mlp.fc1.weight")
+_MAX_LISTED = 20  # keys of a file that is no PixArt
 # Keys by which files of other kinds are told, so that the message names the kind instead of hundreds of keys.
 _OTHER_KINDS = (
     (r"^controlnet\.0\.", "the branch of a ControlNet without its base; give it as --controlnet beside the base"),
@@ -129,7 +124,9 @@ def require_pixart(keys: Iterable[str], source: str) -> None:
         if any(re.search(pattern, key) for key in keys):
             remedy = "" if ";" in kind else "; give the file of a PixArt transformer"
             raise CheckpointError(f"{source} holds {kind}{remedy}")
-    raise CheckpointError(f"{source} is no PixArt transformer; missing: {', '.join(missing)}; found: {', '.join(keys)}")
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    found = ", ".join(keys[:_MAX_LISTED]) + more
+    raise CheckpointError(f"{source} is no PixArt transformer; missing: {', '.join(missing)}; found: {found}")
 
 
 def recognise(
@@ -163,6 +160,7 @@ def recognise(
     family = _family(shapes, source, family, notes)
     tokens = shapes.get("y_embedder.y_embedding", (_TOKENS[family],))[0]
     input_size = _input_size(shapes, source, image_size, patch, notes)
+    twice = 2 * channels * patch**2  # mean and variance
     try:
         config = PixArtConfig(
             input_size=input_size,
@@ -172,7 +170,7 @@ def recognise(
             depth=depth,
             num_heads=heads,
             mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
-            pred_sigma=shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
+            pred_sigma=shapes.get("final_layer.linear.weight", (twice,))[0] == twice,
             caption_channels=shapes["y_embedder.y_proj.fc1.weight"][1],
             model_max_length=tokens,
             micro_condition=_SIZE_CONDITIONS in shapes,

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from diffusion.checkpoints.hub import hub_folder, parse_hub_id
 from diffusion.errors import CheckpointError, ConfigError
 
 
@@ -60,9 +61,12 @@ class Captioner:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        folder = _model_folder(place)
         try:
-            processor = AutoProcessor.from_pretrained(place)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, output_loading_info=True)
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
             model, loading = loaded
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -160,3 +164,15 @@ class _KeyedGumbel:
         """(B, V) scores of the next token -> the same with noise."""
         drawn = torch.stack([torch.empty_like(scores[0]).exponential_(generator=own) for own in self.generators])
         return scores / self.temperature - drawn.log()
+
+
+def _model_folder(place: str) -> str:
+    """A folder as it is, or the files of a hub id; asked for by itself, so that without a network one line says so."""
+    hub_id = parse_hub_id(place)
+    if hub_id is None or hub_id[1] is not None:
+        return place
+    texts, what = ("*.json", "*.model", "*.txt", "*.jinja"), "files of an image-text model"
+    folder = hub_folder(hub_id[0], (*texts, "*.safetensors"), what)
+    if not any(folder.glob("*.safetensors")):
+        folder = hub_folder(hub_id[0], (*texts, "*.bin"), what)
+    return str(folder)

@@ -192,18 +192,20 @@ def _decode(task: CaptionTask) -> Image.Image:
 def _claim(output: Path, settings: CaptioningSettings, tasks: Sequence[CaptionTask]) -> None:
     """Refuse a folder whose captions were made otherwise, or not by this program."""
     path, wanted = output / SETTINGS, asdict(settings)
+    written = [task.text_name for task in tasks if (output / task.text_name).exists()]
     if path.is_file():
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); choose another --output") from error
-        if differing := differences(stored, wanted):
+        differing = differences(stored, wanted)
+        if not differing:
+            return
+        if written:
             raise DataError(f"{output} holds captions made otherwise: {', '.join(differing)}; choose another --output")
-        return
-    foreign = [task.text_name for task in tasks if (output / task.text_name).exists()]
-    if foreign:
+    elif written:
         raise DataError(
-            f"{output} already holds {len(foreign)} texts that this program did not write, the first {foreign[0]!r}; "
+            f"{output} already holds {len(written)} texts that this program did not write, the first {written[0]!r}; "
             "choose another --output"
         )
     write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())

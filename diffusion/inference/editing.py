@@ -68,14 +68,17 @@ def make_source(
         image: one picture, or one for each of `count`; PIL, or a tensor (3, H, W) in [-1, 1].
         mask_image: None, or likewise; white (over 50 %) = repaint. Tensors (1, H, W) in [0, 1].
     Raises:
-        PromptError: another number of pictures, something that is no picture, or a tensor of another size.
+        PromptError: another number of pictures, something that is no picture, a tensor of another size, or a mask of
+            another shape than its picture.
     """
     pictures = _one_each(image, count, "image")
     pixels = torch.stack([picture_pixels(picture, size, "image") for picture in pictures]).to(device)
     keep = None
     if mask_image is not None:
-        masks = [_keep_mask(mask, size) for mask in _one_each(mask_image, count, "mask_image")]
-        keep = torch.stack(masks).to(device)
+        masks = _one_each(mask_image, count, "mask_image")
+        for picture, mask in zip(pictures, masks):
+            _require_one_shape(picture, mask)
+        keep = torch.stack([_keep_mask(mask, size) for mask in masks]).to(device)
     return Source(pixels, encode_pixels(vae, pixels, device), keep)
 
 
@@ -135,6 +138,17 @@ def _keep_mask(mask: Any, size: tuple[int, int]) -> Tensor:
         scaled = grey.resize((size[1], size[0]), Image.Resampling.NEAREST, box=box)
         return torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(1, *size) < 128
     return _checked(mask, (1, *size), "mask_image") <= 0.5
+
+
+def _require_one_shape(picture: Any, mask: Any) -> None:
+    """A mask of another ratio would be cut otherwise than its picture, and repaint the wrong place."""
+    if not (isinstance(picture, Image.Image) and isinstance(mask, Image.Image)):
+        return
+    width, height = picture.size
+    if abs(mask.width * height - mask.height * width) > max(width, height, *mask.size):  # a pixel more or less
+        raise PromptError(
+            f"mask_image is {mask.width}x{mask.height} px, image {width}x{height} px; give one of the same shape"
+        )
 
 
 def _checked(value: Any, shape: tuple[int, ...], name: str) -> Tensor:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_other_settings_and_foreign_texts_are_refused(tmp_path: Path, model: Pat
         typed(tmp_path / "data", tmp_path / "data", model)
     assert (tmp_path / "data/a/00.txt").read_text() == "mine"
     assert texts(tmp_path / "out") == before
+
+
+def test_a_model_that_cannot_be_had_is_told_at_once_and_claims_nothing(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "data", 2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="files of an image-text model of nobody/nothing is not here"):
+        typed(tmp_path / "data", tmp_path / "out", Path("nobody/nothing"))
+    assert "2 captions (2 new)" in typed(tmp_path / "data", tmp_path / "out", model)
 
 
 def test_bad_pictures_are_listed_and_the_others_captioned(tmp_path: Path, model: Path) -> None:

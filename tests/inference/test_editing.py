@@ -114,6 +114,10 @@ def test_pictures_of_other_sizes_are_cut_and_batches_take_one_each(
         ({"strength": 1.5}, "strength=1.5 must be a number in 0..1"),
         ({"strength": float("nan")}, "strength=nan must be"),
         ({"mask_image": half_mask()}, "mask_image is given without image"),
+        (
+            {"image": half_mask().resize((333, 200)), "mask_image": half_mask().resize((333, 100))},
+            "mask_image is 333x100 px, image 333x200 px",
+        ),
         ({"image": "cat.png"}, "'cat.png' is no picture; give a PIL image"),
         ({"image": torch.zeros(3, 8, 8)}, r"image of shape \(3, 8, 8\) must be \(3, 64, 64\)"),
         ({"image": [half_mask()] * 3}, "image has 3 pictures for 1 that are drawn"),
