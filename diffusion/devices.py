@@ -19,7 +19,8 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
+        reason = str(error).splitlines()[0][:120]
+        raise ConfigError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -40,6 +40,8 @@ class Ranks:
                 f"RANK={self.rank} must be below WORLD_SIZE={self.world_size}; see the launcher's command"
             )
         use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+        if use_cuda and not torch.cuda.is_available():
+            raise ConfigError(f"device={device!r}: torch sees no CUDA GPU here; give cpu, or auto")
         if use_cuda and local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; lower --nproc-per-node"

@@ -26,11 +26,11 @@ def main() -> None:
     add_bucket_arguments(parser.add_argument_group("aspect-ratio buckets"))
     add = parser.add_argument_group("checks").add_argument
     add("--max-length", type=int, default=120, help="tokens a caption at most")
-    add("--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens and disk use")
+    add("--pretrained", type=Path, default=DEFAULT_PRETRAINED, help="for tokens, disk use and time")
     add("--decode", type=int, default=512, help="pictures to decode completely")
     add("--all", action="store_true", help="read every header and decode every picture")
-    add("--measure", action="store_true", help="time the encoders on a few pictures")
-    add("--device", default="auto", help="for --measure")
+    add("--measure", action="store_true", help="load the encoders and time them on a few pictures")
+    add("--device", default="auto", help="of the time estimates")
     add = parser.add_argument_group("output").add_argument
     add("--sheet", type=Path, help="write a contact sheet of 24 pictures, cropped as in training")
     add("--json", type=Path, help="write the figures as JSON")
@@ -41,7 +41,7 @@ def main() -> None:
     from diffusion.features.sources import open_source
 
     source = open_source(args.source, args.split, dataset_root=args.dataset_root)
-    settings = settings_from(args, args.image_size)
+    settings = settings_from(args)
     counts = {"headers": source.total, "decode": source.total} if args.all else {"decode": args.decode}
     report = check_source(source, settings, args.pretrained, measure=args.measure, device=args.device, **counts)
     print("\n".join(report.lines()))

@@ -16,5 +16,6 @@ lr_schedule_args = dict(num_warmup_steps=10)
 ema_rate = None
 log_interval = 10
 save_model_steps = 100
-validation = dict(every_steps=100, at_start=True, num_samples=0, num_inference_steps=14)
+# No prompts: the subject's and, with --class_prompt, the class's are drawn, from several seeds.
+validation = dict(prompts=[], every_steps=100, at_start=True, num_samples=0, num_inference_steps=14)
 work_dir = "output/dreambooth"

@@ -25,7 +25,7 @@ class SplitProjection(nn.Module):
         weights, biases = fused.weight.detach().chunk(len(names)), fused.bias.detach().chunk(len(names))
         for name, weight, bias in zip(names, weights, biases):
             with torch.device("meta"):
-                part = nn.Linear(weight.shape[1], weight.shape[0])
+                part = type(fused)(weight.shape[1], weight.shape[0])
             part.weight = nn.Parameter(weight, requires_grad=fused.weight.requires_grad)
             part.bias = nn.Parameter(bias, requires_grad=fused.bias.requires_grad)
             self.add_module(name, part)
@@ -44,9 +44,9 @@ class SplitProjection(nn.Module):
         weight = torch.cat([part.weight.detach() for part in parts])
         bias = torch.cat([part.bias.detach() for part in parts])
         with torch.device("meta"):
-            fused = nn.Linear(weight.shape[1], weight.shape[0])
+            fused: nn.Linear = type(getattr(parts[0], "base_layer", parts[0]))(weight.shape[1], weight.shape[0])
         fused.weight, fused.bias = nn.Parameter(weight), nn.Parameter(bias)
-        return fused
+        return fused.train(self.training)
 
 
 def split_projections(network: PixArt) -> None:

@@ -82,6 +82,8 @@ def _nothing_there(path: Path, candidates: list[Path], variant: str | None) -> s
         return f"{path} holds no transformer: no such folder"
     if (path / "controlnet").is_dir():
         return f"{path} holds the branch of a ControlNet; give it as --controlnet beside the base it was trained on"
+    if (path / "adapter_config.json").is_file():
+        return f"{path} holds an adapter (LoRA), which changes a model and is none; give its base model"
     if stray := sorted(file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES):
         stray = [name for name in stray if not name.startswith(_STEM)]
         if stray:

@@ -55,7 +55,8 @@ def extraction_parser(description: str | None, *, captions: bool = True, picture
         help="pictures smaller than their bucket: enlarge and count, or reject (default: %(default)s)",
     )  # fmt: skip
     add(
-        "--max-rejected", type=float, help="largest share of unusable pictures; one is always allowed (default: 0.01)",
+        "--max-rejected", type=float,
+        help="largest share of unusable pictures; one is always allowed, unless 0 (default: 0.01)",
     )  # fmt: skip
     add("--limit", type=int, help="evenly spaced subset of at most this many pictures")
     add("--split", nargs="+", help="only these splits")

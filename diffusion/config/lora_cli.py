@@ -65,6 +65,8 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--image_column", help="column of the pictures; when absent the first of that type")
     add("--caption_column", help="column of the captions; when absent text, caption, prompt and captions")
     add("--max_train_samples", type=int, help="at most so many pictures, evenly spaced")
+    text = "largest share of unusable pictures; one is always allowed, unless 0"
+    add("--max_rejected", "--max-rejected", type=float, default=0.01, help=text)
     add("--cache_dir", help="where hub data sets are kept, instead of the usual cache")
     add("--resolution", type=int, help="px; when absent the model's own")
     add("--center_crop", action="store_true", help="what is always done: features are encoded once, from the centre")
@@ -97,7 +99,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--learning_rate", type=float, default=1e-6, help="as in the original, too low for most data: try 1e-4")
     add("--scale_lr", action="store_true", help="multiply the learning rate by batch, accumulation and processes")
-    add("--lr_scheduler", choices=("constant", "constant_with_warmup", "cosine"), default="constant", help="schedule")
+    add(
+        "--lr_scheduler",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"),
+        default="constant",
+        help="schedule",
+    )
     add("--lr_warmup_steps", type=int, default=0, help="optimiser steps of warm-up, with any schedule")
     add("--snr_gamma", type=float, help="cap of the min-SNR loss weights (usually 5); when absent none")
     add("--use_8bit_adam", action="store_true", help="not offered: an adapter's moments are a few MB")

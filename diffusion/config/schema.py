@@ -154,7 +154,7 @@ class OptimisationFields(Section):
     health: HealthConfig = Field(default=HealthConfig(), description="When a run warns, skips a step or stops.")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The optimiser.")
     auto_lr: AutoLrConfig | None = Field(default=AutoLrConfig(), description="Scale lr with the batch; None = do not.")
-    lr_schedule: Literal["constant", "cosine", "cosine_decay_to_constant"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_decay_to_constant"] = Field(
         default="constant", description="Learning rate over optimiser steps, after the warm-up."
     )
     lr_schedule_args: LrScheduleArgs = Field(default=LrScheduleArgs(), description="Arguments of lr_schedule.")

@@ -12,6 +12,7 @@ from diffusion.features.sources import Source, open_source
 from diffusion.features.stages import ExtractionSettings
 
 _ORIGINAL_SIZE_PX = 512
+_LEAST = {"image_size": 8, "max_length": 1, "batch_size": 1, "token_budget": 1, "limit": 1, "decode": 0}
 
 
 def run_extraction(args: argparse.Namespace) -> str:
@@ -32,14 +33,9 @@ def run_extraction(args: argparse.Namespace) -> str:
         )
     if getattr(args, "condition", None) is not None and out is None:
         raise ConfigError("--condition is stored beside the features; it needs --out")
-    for name, least in (("image_size", 8), ("max_length", 1), ("batch_size", 1), ("token_budget", 1), ("limit", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    size = args.image_size or (256 if out is not None else _ORIGINAL_SIZE_PX)
-    if size % 8:
-        raise ConfigError(f"--image-size {size} must be a multiple of 8, the factor of the VAE")
-    settings = settings_from(args, size)
+    if args.image_size is None:
+        args.image_size = 256 if out is not None else _ORIGINAL_SIZE_PX
+    settings = settings_from(args)
     if out is None:
         return _into_files(args, place, target, settings)
     if args.start_index or args.end_index is not None:
@@ -51,19 +47,28 @@ def run_extraction(args: argparse.Namespace) -> str:
     return f"{out}: {counts['pictures']} pictures ({counts['new']} new); " + _remarks(counts, args.max_length)
 
 
-def settings_from(args: argparse.Namespace, image_size: int) -> ExtractionSettings:
+def settings_from(args: argparse.Namespace) -> ExtractionSettings:
     """The settings that a program's arguments choose; what it has no argument for keeps its default.
 
     Raises:
-        ConfigError: see `ExtractionSettings`.
+        ConfigError: a number out of its range; see also `ExtractionSettings`.
     """
+    for name, least in _LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.image_size % 8:
+        raise ConfigError(f"--image-size {args.image_size} must be a multiple of 8, the factor of the VAE")
     given = {field.name: getattr(args, field.name) for field in fields(ExtractionSettings) if hasattr(args, field.name)}
-    return ExtractionSettings(**{**given, "image_size": image_size})
+    return ExtractionSettings(**given)
 
 
 def _into_files(args: argparse.Namespace, place: str, target: OriginalTarget, settings: ExtractionSettings) -> str:
     source = open_source(place, args.split, dataset_root=args.dataset_root)
-    samples = source.samples[args.start_index : args.end_index]
+    start, end = args.start_index, len(source.samples) if args.end_index is None else args.end_index
+    if not 0 <= start < min(end, len(source.samples)):
+        raise ConfigError(f"--start_index {start} and --end_index {end} select none of {len(source.samples)} pictures")
+    samples = source.samples[start:end]
     if args.limit is not None:
         samples = samples[: args.limit]
     part = Source(source.place, source.kind, samples, source.rejected)

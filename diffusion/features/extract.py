@@ -224,14 +224,14 @@ class _Job:
         ranks.barrier()
         if not ranks.is_main:
             writer = self._writer(None, null_caption)
-        blocks = self.plan(writer)
+        before, blocks = writer.num_rows, self.plan(writer)
         ranks.barrier()  # nobody writes before everybody has planned
         mine = blocks[ranks.rank :: ranks.world_size]
         if mine:
             self._encode(mine, engine, writer, ranks)
         ranks.barrier()
         writer.refresh()
-        counts |= {"new": sum(len(block.samples) for block in blocks), "captions_cut": 0, "enlarged": 0}
+        counts |= {"new": writer.num_rows - before, "captions_cut": 0, "enlarged": 0}
         counts |= writer.counts()
         if ranks.is_main:
             self._finish(writer)
@@ -322,20 +322,24 @@ def write_behind(encoded: Iterable[EncodedBlock], commit: Callable[[EncodedBlock
 
 
 def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out: Path) -> None:
-    """One unusable picture is always allowed; beyond that at most a share of all.
+    """One unusable picture is always allowed; beyond that at most a share of all. A share of 0 allows none.
 
     Raises:
         DataError: more; with the number, the last reason, and how to go on.
     """
     if not 0 <= share <= 1:
         raise DataError(f"max_rejected={share} must lie in 0..1")
-    allowed = max(1, int(total * share))
-    if len(rejected) > allowed:
-        raise DataError(
-            f"{len(rejected)} of {total} pictures cannot be used, {allowed} are allowed; the last: "
-            f"{rejected[-1].reason}. `python tools/check_data.py` lists all; mend them, or go on without them with "
-            f"--max-rejected {min(1.0, len(rejected) / total + 0.01):.2f} (they are listed in {out / REJECTED})"
-        )
+    allowed = max(1, int(total * share)) if share > 0 else 0
+    if len(rejected) <= allowed:
+        return
+    count = f"{len(rejected)} of {total} pictures cannot be used"
+    if share == 0:
+        raise DataError(f"{count}: {rejected[-1].reason}; mend or remove such pictures")
+    raise DataError(
+        f"{count}, {allowed} are allowed; the last: {rejected[-1].reason}. `python tools/check_data.py` lists all; "
+        f"mend them, or go on without them with --max-rejected {min(1.0, len(rejected) / total + 0.01):.2f} (then "
+        f"{out / REJECTED} lists them)"
+    )
 
 
 def _as_rejected(item: Mapping[str, str]) -> Rejected:

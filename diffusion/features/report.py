@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -12,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion.devices import choose_device
 from diffusion.errors import CheckpointError, DataError
 from diffusion.features.concepts import content_words
+from diffusion.features.cost import encoding_seconds, feature_bytes, measured_seconds
 from diffusion.features.extract import Encoders
-from diffusion.features.rows import DTYPES
 from diffusion.features.sources import Rejected, Sample, Source
-from diffusion.features.stages import Block, ExtractionSettings, encode_blocks
+from diffusion.features.stages import ExtractionSettings
 from diffusion.images import decode_bytes, labelled_grid, picture_size, resize_and_crop
 from diffusion.text import MAX_CAPTION_CHARS, CaptionEncoder
 
@@ -36,7 +39,9 @@ class Report:
         sizes: least, median and largest shorter side in px.
         small: pictures smaller than their bucket.
         tokens: of all checked captions, uncut; cut_captions, cut_tokens: beyond the limit. None = no tokenizer.
-        bytes_estimated: of the feature store; seconds_*: for all pictures on this machine. None = not known.
+        bytes_estimated: of the feature store; seconds_*: for all pictures on this machine; "encoding" by arithmetic,
+            "extracting" by trial. None = not known.
+        unknown: why tokens, bytes and the time of encoding are not known.
     """
 
     place: str
@@ -59,6 +64,8 @@ class Report:
     same_stems: int = 0
     bytes_estimated: int | None = None
     seconds_decoding: float | None = None
+    seconds_encoding: float | None = None
+    unknown: str | None = None
     seconds_extracting: float | None = None
 
     def to_json(self) -> str:
@@ -90,11 +97,15 @@ class Report:
                 "store, refused by the original's layout"
             )
         if self.bytes_estimated is not None:
-            yield f"disk         about {self.bytes_estimated / 1e9:.2f} GB of features"
+            yield f"disk         about {_size(self.bytes_estimated)} of features"
         if self.seconds_decoding is not None:
             yield f"time         about {_duration(self.seconds_decoding)} to read and decode, {os.cpu_count()} cores"
+        if self.seconds_encoding is not None:
+            yield f"             about {_duration(self.seconds_encoding)} to encode on this device, by arithmetic"
         if self.seconds_extracting is not None:
-            yield f"             about {_duration(self.seconds_extracting)} to extract on this device, one process"
+            yield f"             about {_duration(self.seconds_extracting)} to extract on this device, by trial"
+        if self.unknown is not None:
+            yield f"not known    tokens, disk and time of encoding: {self.unknown}"
         for item in self.rejected:
             yield f"unusable     {item.reason}"
 
@@ -123,11 +134,14 @@ def check_source(
     try:
         encoders = Encoders.find(pretrained)
         mean_length = _check_tokens(report, _spaced(source.samples, headers), encoders, settings)
-    except (CheckpointError, DataError):
-        return report  # no encoders here yet: what does not need them is reported all the same
-    report.bytes_estimated = _estimate_bytes(report, encoders, settings, mean_length)
-    if measure:
-        report.seconds_extracting = _measure(source.samples, encoders, settings, device)
+        _estimate(report, encoders, settings, mean_length, choose_device(device))
+        if measure:
+            few = _spaced(source.samples, _MEASURED)
+            report.seconds_extracting = measured_seconds(
+                few, len(source.samples), encoders, settings, choose_device(device)
+            )
+    except (CheckpointError, DataError) as error:
+        report.unknown = str(error)  # no encoders here yet: what does not need them is reported all the same
     return report
 
 
@@ -217,30 +231,26 @@ def _check_tokens(report: Report, samples: Sequence[Sample], encoders: Encoders,
     return (report.tokens - report.cut_tokens) / max(1, len(lengths))
 
 
-def _estimate_bytes(report: Report, encoders: Encoders, settings: ExtractionSettings, mean_length: float) -> int:
-    text, vae = encoders.configs()
-    width = DTYPES[settings.dtype].itemsize
-    area = sum(_area(name) * count for name, count in report.buckets.items()) / max(1, sum(report.buckets.values()))
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    latents = 2 * vae["latent_channels"] * area / factor**2 * width
-    return round(report.pictures * latents + report.captions * mean_length * text["d_model"] * width)
+def _mean_area(buckets: dict[str, int]) -> float:
+    """px of a picture in training."""
+    areas = [math.prod(map(int, name.split("x"))) * count for name, count in buckets.items()]
+    return sum(areas) / max(1, sum(buckets.values()))
 
 
-def _area(bucket: str) -> int:
-    width, height = bucket.split("x")
-    return int(width) * int(height)
+def _estimate(
+    report: Report, encoders: Encoders, settings: ExtractionSettings, mean_length: float, device: torch.device
+) -> None:
+    load: Any = {"pictures": report.pictures, "captions": report.captions, "tokens": mean_length}
+    load["area"] = _mean_area(report.buckets)
+    report.bytes_estimated = feature_bytes(encoders, settings, **load)
+    report.seconds_encoding = encoding_seconds(encoders, settings, device, **load)
 
 
-def _measure(samples: Sequence[Sample], encoders: Encoders, settings: ExtractionSettings, device: str) -> float:
-    chosen = choose_device(device)
-    encoder, vae = encoders.load_text(chosen, settings), encoders.load_vae(chosen, settings)
-    few = _spaced(samples, _MEASURED)
-    seconds = 0.0
-    for _ in range(2):  # the first round warms up
-        started = time.perf_counter()
-        list(encode_blocks([Block(0, few)], settings, encoder, vae))
-        seconds = time.perf_counter() - started
-    return seconds * len(samples) / len(few)
+def _size(num_bytes: int) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= length:
+            return f"{num_bytes / length:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
 
 
 def _duration(seconds: float) -> str:

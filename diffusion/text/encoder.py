@@ -266,5 +266,8 @@ def text_folders(folder: str | Path) -> tuple[Path, Path]:
             raise CheckpointError(f"{root / 'tokenizer'}: missing beside text_encoder; copy the tokenizer there")
         return root / "tokenizer", root / "text_encoder"
     if not (root / "config.json").is_file():
-        raise CheckpointError(f"{root}: holds neither text_encoder/ nor config.json; give a pipeline or T5 folder")
+        raise CheckpointError(
+            f"{root}: holds neither text_encoder/ nor config.json; give a pipeline or T5 folder, or fetch the official "
+            "ones with tools/download.py"
+        )
     return root, root

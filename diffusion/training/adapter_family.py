@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from torch import Tensor
 
 from diffusion.adapters import (
@@ -17,8 +19,10 @@ from diffusion.adapters import (
     write_factors,
     write_layout,
 )
+from diffusion.checkpoints.keys import NATIVE_ONLY
 from diffusion.config import TrainConfig
 from diffusion.training.family import Family
+from diffusion.training.optimization import trained_state
 from diffusion.training.sharding import gather, parts_like
 
 
@@ -30,8 +34,23 @@ def family_of(config: TrainConfig) -> Family:
 class AdapterFamily(Family):
     """peft's files in the checkpoint folder itself, so that it opens as an adapter; the average in `lora_ema/`."""
 
+    resumes_from_start = True
+
     def __init__(self, base_model: str) -> None:
         self.base_model = base_model
+        self._base_fingerprint = ""
+
+    def build_network(self, config: TrainConfig, start: str | Path | None, *, resuming: bool) -> Any:
+        network = super().build_network(config, start, resuming=resuming)
+        left_out, digest = {*trained_state(network), *NATIVE_ONLY}, xxhash.xxh3_64()  # what not all files hold
+        for name, tensor in network.state_dict().items():
+            if name not in left_out:
+                digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self._base_fingerprint = digest.hexdigest()
+        return network
+
+    def facts(self) -> dict[str, Any]:
+        return {"fingerprint_of_base": self._base_fingerprint}
 
     def write(
         self, tensors: Mapping[str, Tensor], network: Any, folder: Path, *, ema: bool, stored_null_caption: bool

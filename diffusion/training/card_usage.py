@@ -33,7 +33,7 @@ def relation(config: TrainConfig, family: str) -> str:
 def tags(config: TrainConfig, family: str) -> list[str]:
     """Tags of the hub beside those of every run."""
     found = ["lora", "peft", "template:sd-lora"] if config.lora is not None else _TAGS.get(family, [])
-    return [*found, "dreambooth"] if config.data.class_prompt or config.data.token else found
+    return [*found, "dreambooth"] if config.data.prompt else found
 
 
 def usage(config: TrainConfig, family: str) -> str:

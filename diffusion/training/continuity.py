@@ -58,6 +58,17 @@ def check_config(saved: Mapping[str, Any], config: TrainConfig, *, allow: bool) 
         LOGGER.info("config changed since the checkpoint: %s%s", line, f" ({ALLOW})" if key in harmful else "")
 
 
+def with_saved_start(config: TrainConfig, given: str | None, saved: str | None) -> TrainConfig:
+    """The config of a resumed run whose weights are the checkpoint's: it names what the run began from, nothing else.
+
+    Args:
+        given: starting weights that this start names, which are not read. saved: those of the run's first start.
+    """
+    if given is not None and given != saved:
+        LOGGER.warning("load_from=%s is not read: the run goes on from its checkpoint; it began from %s", given, saved)
+    return config.model_copy(update={"load_from": saved})
+
+
 def data_identity(dataset: Any) -> dict[str, Any]:
     """What tells a data set apart: its size, its samples in their order, and what made their features; JSON values."""
     digest = xxhash.xxh3_128()

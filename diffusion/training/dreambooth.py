@@ -11,6 +11,7 @@ import argparse
 import gc
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusion.features import ExtractionSettings
 from diffusion.features.extract import Encoders
 from diffusion.features.sources import PictureFile, Sample, Source
 from diffusion.features.sources.folder import find_pictures
+from diffusion.features.sources.sample import collect
 from diffusion.inference.batch import load_pipeline, sample_to_folder
 from diffusion.ranks import Ranks
 from diffusion.training.program import train_config
@@ -54,6 +56,9 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
         overrides.append(f"data.prompt={[args.prompt]!r}")
     config = load_config(args.config, [*overrides, *config_overrides(args)], choices=choices)
     check_prompts(config)
+    for name in ("num_class_images", "prior_weight"):
+        if getattr(args, name) is not None and config.data.class_prompt is None:
+            raise ConfigError(f"--{name} is given without --class_prompt; give what the subject is one of")
     require_account_if_asked(args)
     work_dir = Path(args.work_dir or config.work_dir)
     resume_from = args.resume_from or config.resume_from.checkpoint
@@ -82,6 +87,9 @@ def check_prompts(config: TrainConfig) -> None:
     if len(data.prompt) != 1:
         raise ConfigError(f"data.prompt={list(data.prompt)} must hold one prompt, the caption of all pictures")
     prompt, token = data.prompt[0], data.token
+    for name, text in (("prompt", prompt), ("class_prompt", data.class_prompt), ("token", token)):
+        if text is not None and not text.strip():
+            raise ConfigError(f"data.{name} is empty; give words" + ("" if name == "prompt" else ", or leave it out"))
     if token is not None and token.lower() not in _words(prompt):
         raise ConfigError(f"data.prompt={prompt!r} does not contain the token {token!r}; name the subject by it")
     if data.class_prompt is None:
@@ -105,7 +113,8 @@ def with_features(config: TrainConfig, work_dir: Path, ranks: Ranks) -> TrainCon
     source = captioned_pictures(folder, data.prompt[0])
     pretrained = encoders_of(config)
     settings = ExtractionSettings(image_size=config.image_size, max_length=config.model_max_length, batch_size=4)
-    chosen = extract_for_run(source, work_dir, pretrained, settings, ranks, name="features")
+    # A picture of a handful that cannot be used is worth a stop.
+    chosen = extract_for_run(source, work_dir, pretrained, settings, ranks, name="features", max_rejected=0.0)
     keys: dict[str, Any] = {"type": "Store", "root": chosen["root"]}
     if data.class_prompt is not None:
         pictures = draw_class(config, data, work_dir / "class_pictures", pretrained, ranks)
@@ -114,8 +123,13 @@ def with_features(config: TrainConfig, work_dir: Path, ranks: Ranks) -> TrainCon
         share = data.prior_weight * len(source.samples) / len(of_class.samples)
         keys["mix"] = {keys["root"]: 1.0, other["root"]: share}
         LOGGER.info("%d pictures of the class, %.3g for each of the subject", len(of_class.samples), data.prior_weight)
+    validation = config.validation
+    if not validation.prompts and validation.prompt_file is None:  # what is learned, and what must not be lost
+        prompts = [data.prompt[0]] * 3 + [data.class_prompt] * (3 if data.class_prompt is not None else 0)
+        validation = validation.model_copy(update={"prompts": tuple(prompts)})
     said = data.model_dump(include={"prompt", "token", "class_prompt", "num_class_images", "prior_weight"})
-    return TrainConfig.model_validate({**config.model_dump(), "data_root": "/", "data": {**said, **keys}})
+    changed = {"data_root": "/", "data": {**said, **keys}, "validation": validation.model_dump()}
+    return TrainConfig.model_validate({**config.model_dump(), **changed})
 
 
 def encoders_of(config: TrainConfig) -> Path:
@@ -131,11 +145,11 @@ def captioned_pictures(folder: Path, caption: str) -> Source:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the subject's pictures (--train_class)")
-    found, _ = find_pictures(folder)
+    found, clashes = find_pictures(folder)
     if not found:
         raise DataError(f"{folder}: no pictures; put a few of the subject there, or choose another --train_class")
-    samples = [Sample(key, PictureFile(path), (caption,)) for key, path in found.items()]
-    return Source(str(folder), "folder of pictures", samples, [])
+    makers = [(key, partial(Sample, key, PictureFile(path), (caption,))) for key, path in found.items()]
+    return collect(str(folder), "folder of pictures", [*makers, *clashes])
 
 
 def draw_class(config: TrainConfig, data: DataConfig, folder: Path, pretrained: Path, ranks: Ranks) -> Path:

@@ -27,9 +27,11 @@ class Family:
 
     steps_read_average: whether the average takes part in a step. Each step then waits for the one before to enter it,
     and a skipped one is written down with it.
+    resumes_from_start: whether resumed runs need the weights that they began from, as a teacher or a frozen base.
     """
 
     steps_read_average = False
+    resumes_from_start = False
 
     def objective(self, config: TrainConfig, dataset: Any) -> Objective:
         """What a step minimises."""
@@ -61,7 +63,7 @@ class Family:
     def check_facts(self, stored: dict[str, Any], folder: Path) -> None:
         """Refuse to resume a run that began otherwise."""
         for name, value in self.facts().items():
-            if stored.get(name) != value:
+            if stored.get(name, value) != value:  # older checkpoints kept fewer
                 raise ConfigError(
                     f"{folder} was trained with another {name.replace('_', ' ')} ({stored.get(name)}, now {value}); "
                     "give the same --load-from to resume"
@@ -94,6 +96,7 @@ class OnABase(Family):
     """A family that needs the weights it starts from in every run, resumed ones too: as its teacher, or below it."""
 
     base_name = "base"
+    resumes_from_start = True
     _base_fingerprint = ""
 
     def build_base(self, config: TrainConfig, start: str | Path | None) -> Any:

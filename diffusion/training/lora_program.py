@@ -122,7 +122,7 @@ def lora_config(
             "eps": args.adam_epsilon,
         },
         "auto_lr": None,
-        "lr_schedule": "cosine" if args.lr_scheduler == "cosine" else "constant",
+        "lr_schedule": "constant" if args.lr_scheduler == "constant_with_warmup" else args.lr_scheduler,
         "lr_schedule_args": {"num_warmup_steps": args.lr_warmup_steps},
         "ema_rate": None,
         "lora": {
@@ -193,15 +193,12 @@ def _source(args: argparse.Namespace) -> Source:
     place = args.train_data_dir or args.dataset_name
     if args.train_data_dir is None and not Path(place).exists():
         place = f"hub:{place}" + (f"@{args.dataset_config_name}" if args.dataset_config_name else "")
-    try:
-        return open_source(place, columns=columns)
-    except DataError as error:
-        if args.dataset_name in _WITHDRAWN and place.startswith("hub:"):
-            raise DataError(
-                f"--dataset_name {args.dataset_name} was withdrawn from the hub at the request of the pictures' owner; "
-                f"use {_SUBSTITUTE}, which has the same columns, or your own pictures with --train_data_dir"
-            ) from error
-        raise
+    if args.dataset_name in _WITHDRAWN and place.startswith("hub:"):
+        raise DataError(
+            f"--dataset_name {args.dataset_name} was withdrawn from the hub at the request of the pictures' owner; "
+            f"use {_SUBSTITUTE}, which has the same columns, or your own pictures with --train_data_dir"
+        )
+    return open_source(place, columns=columns)
 
 
 def _features(
@@ -215,4 +212,7 @@ def _features(
         batch_size=min(args.train_batch_size, 8),
     )
     folder = pipeline_folder(args.pretrained_model_name_or_path)
-    return extract_for_run(source, out, folder, settings, ranks, limit=args.max_train_samples, flips=args.random_flip)
+    return extract_for_run(
+        source, out, folder, settings, ranks,
+        limit=args.max_train_samples, flips=args.random_flip, max_rejected=args.max_rejected,
+    )  # fmt: skip

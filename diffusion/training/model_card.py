@@ -32,7 +32,7 @@ def write_model_card(work_dir: Path, config: TrainConfig, step: int, family: str
         _licence_line(licence, base),
         _pictures(work_dir, config),
         "## Use\n\n" + usage(config, family),
-        "## Settings\n\n" + _table(_settings(config, step)),
+        "## Settings\n\n" + _table(_settings(config, step, family)),
         "## Measured\n\n" + _table(_figures(rows, config)),
     ]
     path = work_dir / CARD
@@ -102,7 +102,7 @@ def _grids(work_dir: Path) -> list[Path]:
     return sorted((work_dir / "validation").glob("step_*.png"))
 
 
-def _settings(config: TrainConfig, step: int) -> dict[str, Any]:
+def _settings(config: TrainConfig, step: int, family: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "steps": step,
         "batch": f"{config.train_batch_size} a process, {config.gradient_accumulation_steps} accumulated",
@@ -113,7 +113,7 @@ def _settings(config: TrainConfig, step: int) -> dict[str, Any]:
         "size": f"{config.image_size} px",
         "captions dropped": config.class_dropout_prob,
         "largest gradient norm": config.gradient_clip,
-        "EMA": config.ema_rate,
+        "EMA": {"LCM": config.ema_decay, "LCMLoRA": None}.get(family, config.ema_rate),
         "seed": config.seed,
     }
     if config.lora is not None:

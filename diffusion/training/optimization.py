@@ -134,8 +134,8 @@ def muon(
 def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """Multiplier of the learning rate as a function of the optimiser step (0 = the first).
 
-    "constant"; "cosine": to 0 at the end; "cosine_decay_to_constant": to a tenth of the peak over the first two
-    thirds of the steps, then flat. All after a linear warm-up.
+    "constant"; "linear", "cosine": to 0 at the end; "cosine_decay_to_constant": to a tenth of the peak over the first
+    two thirds of the steps, then flat. All after a linear warm-up.
     """
     warmup = config.lr_schedule_args.num_warmup_steps
 
@@ -145,6 +145,8 @@ def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
         if config.lr_schedule == "constant":
             return 1.0
         end, floor = (total_steps, 0.0) if config.lr_schedule == "cosine" else (round(total_steps * 0.667), 0.1)
+        if config.lr_schedule == "linear":
+            return max(0.0, (total_steps - step) / max(total_steps - warmup, 1))
         progress = min((step - warmup) / max(end - warmup, 1), 1.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

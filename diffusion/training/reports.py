@@ -30,6 +30,12 @@ class Reporting:
     loss_name: str = "loss"
 
 
+def described(network: Any) -> str:
+    """A network by its sizes: a name of a config would not be that of a model that was opened from files."""
+    shape = getattr(getattr(network, "module", network), "config", None)
+    return f"{shape.depth} blocks of width {shape.hidden_size}" if shape is not None else type(network).__name__
+
+
 @dataclass
 class Reports:
     """Held by every rank, since validation is common work; the main one writes.
@@ -141,7 +147,7 @@ class Reports:
         config, ranks, sampler = self.config, self.ranks, self.sampler
         parameters = sum(p.numel() for p in self.state.network.parameters())
         LOGGER.info(
-            "%s, %.1f M parameters, on %d x %s, %s", config.model, parameters / 1e6, ranks.world_size,
+            "%s, %.1f M parameters, on %d x %s, %s", described(self.state.network), parameters / 1e6, ranks.world_size,
             torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu", config.mixed_precision,
         )  # fmt: skip
         LOGGER.info(

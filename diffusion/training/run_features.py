@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 
 from diffusion.features import ExtractionSettings, extract_folder
+from diffusion.features.extract import MAX_REJECTED_SHARE
+from diffusion.features.manifest import REJECTED
 from diffusion.features.sources import Source
 from diffusion.features.sources.mirror import mirrored
 from diffusion.ranks import Ranks
 from diffusion.training.run_log import LOGGER
+
+_NAMED = 20  # rejected pictures in the log; their file has all
 
 
 def extract_for_run(
@@ -26,10 +31,12 @@ def extract_for_run(
     name: str = "features",
     limit: int | None = None,
     flips: bool = False,
+    max_rejected: float = MAX_REJECTED_SHARE,
 ) -> dict[str, Any]:
     """Extract into `work_dir`/`name`; what is there already is kept, so a resumed run does not encode again.
 
     Args:
+        max_rejected: see `extract_folder`; those that are rejected are named in the log.
         flips: also extract mirrored pictures, into `name`-mirrored; a picture is drawn once an epoch, either way.
     Returns:
         keys of the config's `data` section.
@@ -38,12 +45,14 @@ def extract_for_run(
     for folder, part in sources.items():
         counts = extract_folder(
             part, work_dir / folder, pretrained, settings,
-            device=ranks.device.type, limit=limit, ranks=ranks, prune=True,
+            device=ranks.device.type, limit=limit, ranks=ranks, prune=True, max_rejected=max_rejected,
         )  # fmt: skip
         LOGGER.info(
             "%s: %d pictures, %d of them new, %d rejected", work_dir / folder,
             counts["pictures"], counts["new"], counts["rejected"],
         )  # fmt: skip
+        for reason in rejections(work_dir / folder)[:_NAMED]:
+            LOGGER.warning("not used: %s", reason)
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -52,6 +61,13 @@ def extract_for_run(
     if not flips:
         return {"root": root}
     return {"root": root, "mix": {root: 0.5, str((work_dir / f"{name}-mirrored").resolve()): 0.5}}
+
+
+def rejections(store: Path) -> list[str]:
+    """Why pictures are not in a store."""
+    path = store / REJECTED
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line)["reason"] for line in lines]
 
 
 def with_caption(source: Source, caption: str) -> Source:

@@ -18,7 +18,7 @@ from diffusion.objectives import Objective
 from diffusion.ranks import Ranks
 from diffusion.training.adapter_family import family_of
 from diffusion.training.building import build_training_data
-from diffusion.training.continuity import check_config, check_data, data_identity
+from diffusion.training.continuity import check_config, check_data, data_identity, with_saved_start
 from diffusion.training.equality import require_equal
 from diffusion.training.family import Family
 from diffusion.training.faults import Faults
@@ -83,6 +83,9 @@ class Trainer:
         record = None if self.resumed_from is None else read_record(self.resumed_from)
         if record is not None:
             check_config(record["config"], config, allow=allow_config_change)
+            if not self.family.resumes_from_start:
+                config = with_saved_start(config, load_from or config.load_from, record["config"].get("load_from"))
+                self.config = config
         self.dataset = build_training_data(config)
         if record is not None:
             check_data(record["data"], self.dataset, f"data.root={config.data.root}", allow=allow_config_change)
@@ -227,6 +230,8 @@ class Trainer:
         factor = lr_factor(self.config, self.total_steps - offset)
         self._factor = lambda step: factor(step - offset)
         self.first_step = self.state.step
+        if self.first_step >= self.total_steps:
+            LOGGER.warning("the run is at step %d and ends at %d: no step is left", self.first_step, self.total_steps)
         self.window.begin()
         self.reports.start_clock()
         with Requests(self.ranks, self.work_dir) as requests:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import DataError
-from diffusion.features.sources import Columns, Source, open_source
+from diffusion.features.sources import Source, open_source
 
 
 def picture(path: Path, color: str = "red", size: tuple[int, int] = (8, 6)) -> Path:
@@ -120,20 +120,6 @@ def test_a_member_that_comes_twice_is_told(tmp_path: Path) -> None:
     source = open_source(tmp_path / "0.tar")
     assert summary(source) == [("0.tar/a.png", ("one",))]
     assert any("0.tar!a.txt: a second member of this name" in item.reason for item in source.rejected)
-
-
-def test_a_parquet_file_names_no_files_outside(tmp_path: Path) -> None:
-    folder, outside = tmp_path / "d", picture(tmp_path / "secret.png")
-    folder.mkdir()
-    picture(folder / "a.png")
-    cells = [{"bytes": None, "path": path} for path in (str(outside), "../secret.png", "a.png")]
-    columns = {"image": cells, "text": ["one", "two", "three"]}
-    datasets.Dataset.from_dict(columns).to_parquet(str(folder / "x.parquet"))
-    samples = open_source(folder, columns=Columns(image="image", caption="text")).samples
-    for sample in samples[:2]:
-        with pytest.raises(DataError, match=r"leaves .*; keep pictures inside"):
-            sample.picture.read()
-    assert samples[2].picture.read() == (folder / "a.png").read_bytes()
 
 
 def test_webdataset_tars(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diffusion.errors import CheckpointError, PromptError
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.inference.recipe import read_recipe
 from diffusion.models import PixArt
+from diffusion.models.cpu_linear import use_onednn
 from tests.doors import Door
 from tests.tiny import write_tiny_pipeline_parts
 
@@ -71,6 +72,13 @@ def test_load_weigh_fuse_and_unload(pipe: PixArtPipeline, folder: Path) -> None:
     pipe.unload_lora_weights()
     assert_same(draw(pipe), base)
     assert pipe.get_list_adapters() == []
+
+
+def test_layers_are_of_the_kind_they_were_when_adapters_go(pipe: PixArtPipeline, folder: Path) -> None:
+    kinds = {name: type(module) for name, module in use_onednn(pipe.transformer).named_modules()}
+    pipe.load_lora_weights(folder / "lora")
+    pipe.unload_lora_weights()
+    assert {name: type(module) for name, module in pipe.transformer.named_modules()} == kinds
 
 
 def test_several_at_once(pipe: PixArtPipeline, folder: Path) -> None:

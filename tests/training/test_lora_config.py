@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusion.adapters import PEFT_WEIGHTS
 from diffusion.config import load_config
@@ -51,6 +52,19 @@ def test_mistakes(config_file: Path, parts: Path, tmp_path: Path) -> None:
         run(other, tmp_path / "run", resume_from="latest")
     with pytest.raises(CheckpointError, match=r"has 17 layers of rank 2, this run 17 layers of rank 3"):
         run(other, tmp_path / "run", resume_from="latest", allow_config_change=True)
+
+
+def test_another_base_is_refused(config_file: Path, parts: Path, tmp_path: Path) -> None:
+    run(adapter_config(config_file, parts, "max_steps=2"), tmp_path / "run")
+    shutil.copytree(parts / "pipe", tmp_path / "moved")
+    moved = f"load_from={str(tmp_path / 'moved')!r}"
+    run(adapter_config(config_file, parts, "max_steps=3", moved), tmp_path / "run", resume_from="latest")
+    path = tmp_path / "moved/transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match="was trained with another fingerprint of base"):
+        run(adapter_config(config_file, parts, moved), tmp_path / "run", resume_from="latest")
 
 
 def test_a_skipped_step_of_an_adapter_is_recorded_and_replayed(

@@ -54,6 +54,24 @@ def test_the_licence_is_the_base_models(finished: Path, tmp_path: Path) -> None:
     assert "Licence: openrail++, that of the base model." in text
 
 
+def test_the_average_is_that_of_the_family(finished: Path) -> None:
+    from diffusion.config import TrainConfig
+
+    config = TrainConfig.from_json((finished / "config.json").read_text())
+    config = config.model_copy(update={"ema_rate": 0.9999, "ema_decay": 0.95})
+    assert "| EMA | 0.95 |" in write_model_card(finished, config, 2, "LCM").read_text()
+    assert "| EMA |" not in write_model_card(finished, config, 2, "LCMLoRA").read_text()
+    assert "| EMA | 0.9999 |" in write_model_card(finished, config, 2).read_text()
+
+
+def test_every_dreambooth_run_is_tagged(finished: Path) -> None:
+    from diffusion.config import TrainConfig
+
+    config = TrainConfig.from_json((finished / "config.json").read_text())
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prompt": ("sks dog",)})})
+    assert "dreambooth" in front_matter(write_model_card(finished, config, 2).read_text())["tags"]
+
+
 def test_upload(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_upload_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)

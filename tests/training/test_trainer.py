@@ -32,6 +32,18 @@ def test_resume_is_bit_exact(config_file: Path, tmp_path: Path) -> None:
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_what_a_resumed_run_does_not_read_is_said(config_file: Path, parts: Path, tmp_path: Path) -> None:
+    run(load_config(config_file, ["max_steps=2"]), tmp_path / "run")
+    other = f"load_from={str(parts / 'pipe')!r}"
+    trainer = run(load_config(config_file, ["max_steps=3", other]), tmp_path / "run", resume_from="latest")
+    log = tmp_path / "run/train_log.log"
+    assert "pipe is not read: the run goes on from its checkpoint; it began from None" in log.read_text()
+    assert trainer.config.load_from is None
+    assert json.loads((tmp_path / "run/config.json").read_text())["load_from"] is None
+    run(load_config(config_file, ["max_steps=1"]), tmp_path / "run", resume_from="latest")
+    assert "the run is at step 3 and ends at 1: no step is left" in log.read_text()
+
+
 def test_parts_of_a_checkpoint_can_be_left_behind(config_file: Path, tmp_path: Path) -> None:
     run(load_config(config_file, ["max_steps=4", "save_model_steps=2"]), tmp_path / "run")
 

@@ -20,7 +20,6 @@ from diffusion.features.sources.sample import (
     Sample,
     Source,
     collect,
-    inside,
     make_sample,
     normal_key,
 )
@@ -31,13 +30,12 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class PictureInTable:
-    """A picture in a row of a mapped table: its bytes, or the path of a file, below `root` where that is given."""
+    """A picture in a row of a mapped table: its bytes, or the path of a file, which `datasets` writes absolute."""
 
     table: Any
     column: str
     row: int
     name: str
-    root: Path | None = None
 
     @property
     def place(self) -> str:
@@ -50,7 +48,7 @@ class PictureInTable:
             return content
         if not isinstance(cell, dict) or not cell.get("path"):
             raise DataError(f"{self.place}: column {self.column!r} is empty; remove the row")
-        return read_picture(cell["path"] if self.root is None else inside(self.root, cell["path"], self.place))
+        return read_picture(cell["path"])
 
     def stat(self) -> str:
         try:
@@ -76,16 +74,11 @@ def scan_table(
         DataError: nothing there, unreadable, or no column of pictures or captions.
     """
     parts, chosen = list(_load(place, splits, files)), columns or Columns()
-    # What `datasets` saved or fetched names files of its cache; a parquet file of anybody's names none but its own.
-    found = list(files) or ([] if place.startswith(HUB) else _parquet_files(place))
-    root = found[0].parent if found else None
     makers = (
         maker
         for split, table in parts
         for maker in (
-            _rows(f"{place}/{split}", table, f"{split}/", chosen, root)
-            if len(parts) > 1
-            else _rows(place, table, "", chosen, root)
+            _rows(f"{place}/{split}", table, f"{split}/", chosen) if len(parts) > 1 else _rows(place, table, "", chosen)
         )
     )
     return collect(
@@ -101,7 +94,7 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
         if place.startswith(HUB):
             name, _, config = place.removeprefix(HUB).partition("@")
             loaded = datasets.load_dataset(name, config or None)
-        elif found := [str(path) for path in files or _parquet_files(place)]:
+        elif found := [str(path) for path in files or sorted(Path(place).glob("*.parquet"))]:
             loaded = datasets.load_dataset("parquet", data_files={"train": found})
         else:
             loaded = datasets.load_from_disk(place)
@@ -119,11 +112,7 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     yield from parts.items()
 
 
-def _parquet_files(folder: str) -> list[Path]:
-    return sorted(Path(folder).glob("*.parquet"))
-
-
-def _rows(name: str, table: Any, prefix: str, columns: Columns, root: Path | None) -> Iterator[Maker]:
+def _rows(name: str, table: Any, prefix: str, columns: Columns) -> Iterator[Maker]:
     import datasets
 
     features = table.features
@@ -148,7 +137,7 @@ def _rows(name: str, table: Any, prefix: str, columns: Columns, root: Path | Non
     rows = table.remove_columns(list({column, *pictures}))
     for number in range(len(table)):
         place = f"{name} row {number}"
-        picture = PictureInTable(table, column, number, name, root)
+        picture = PictureInTable(table, column, number, name)
         key = normal_key(f"{prefix}{number:09d}")
 
         def make(place: str = place, key: str = key, picture: Any = picture, number: int = number) -> Sample:
