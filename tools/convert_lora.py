@@ -19,7 +19,10 @@ def main() -> None:
     args = parser.parse_args()
 
     from diffusion.adapters import read_adapter, write_layout
+    from diffusion.errors import ConfigError
 
+    if args.out.endswith(".safetensors"):
+        raise ConfigError(f"out={args.out} must be a folder: the file in it gets the name that programs look for")
     print(f"adapter: {write_layout(read_adapter(args.lora, args.weight_name), args.out, args.to)}")
 
 

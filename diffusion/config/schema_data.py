@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from diffusion.config.section import Section, Strings, rule_error
+from diffusion.config.section import Names, Section, Strings, rule_error
 
 DataType = Literal["Store", "SAM", "InternalData", "InternalDataMS", "InternalDataHed", "DreamBooth"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
@@ -54,11 +54,13 @@ class DataConfig(Section):
         description="Store: further stores, made alike, and how often each of their rows is drawn an epoch (2, 0.5); "
         "rows of root are drawn once, or as often as its entry here says. With multi_scale they may be of other sizes.",
     )
-    image_list_txt: Strings = Field(
-        default=(), description="SAM: file names under <root>/partition, one picture name without extension per line."
+    image_list_txt: Names = Field(
+        default=(),
+        description="SAM: file names under <root>/partition, a picture name without extension a line; one or a list.",
     )
-    image_list_json: Strings = Field(
-        default=(), description="InternalData*: metadata file names under <root>/partition or partition_filter."
+    image_list_json: Names = Field(
+        default=(),
+        description="InternalData*: metadata files under <root>/partition or partition_filter; one or a list.",
     )
     transform: str | None = Field(
         default="default_train", description="Picture transform when VAE features are not loaded; 'default_train'."

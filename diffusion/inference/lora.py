@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class LoraAdapters:
             raise PromptError(f"adapter {missing[0]!r} is not loaded; loaded are {', '.join(loaded) or 'none'}")
         if len(weights) != len(names):
             raise PromptError(f"{len(weights)} adapter_weights for {len(names)} adapters; give one each")
+        if bad := [weight for weight in weights if not math.isfinite(weight)]:
+            raise PromptError(f"adapter_weights has {bad[0]}; give finite numbers (1 = as trained)")
         if is_merged(self.transformer):
             raise PromptError("adapters are fused at their scales; unfuse_lora() before they are changed")
         self._scales = dict(zip(names, map(float, weights)))

@@ -36,11 +36,30 @@ def tags(config: TrainConfig, family: str) -> list[str]:
     return [*found, "dreambooth"] if config.data.prompt else found
 
 
+def family_settings(config: TrainConfig, family: str) -> dict[str, str]:
+    """Settings that a family has alone, for the card's table."""
+    if family in ("LCM", "LCMLoRA"):
+        drawn = f"{config.w_min:g} to {config.w_max:g}" if config.w_drawn else f"{config.cfg_scale:g}"
+        loss = f"Huber, c = {config.huber_c:g}" if config.loss_type == "huber" else "squared error"
+        return {"teacher's guidance": drawn, "loss": loss, "DDIM steps of the teacher": f"{config.num_ddim_timesteps}"}
+    if family == "ControlNet":
+        made = config.control_condition or "stored with the features"
+        return {"condition": made, "control blocks": f"{config.copy_blocks_num}"}
+    if family == "DMD":
+        regression = f"{config.regression_weight:g}" + (", by LPIPS" if config.lpips_weights else "")
+        return {
+            "timestep of the one step": f"{config.one_step_timestep}",
+            "teacher's guidance": f"{config.dmd_guidance_scale:g}",
+            "weight of the regression": regression,
+        }
+    return {}
+
+
 def usage(config: TrainConfig, family: str) -> str:
     """Markdown with the code that draws; folders of the card's own repository are written in capitals."""
     base = config.load_from or config.pipeline_load_from or "BASE"
     parts = config.pipeline_load_from or "PIPELINE"
-    prompt = (config.validation.prompts or config.data.prompt or ("a prompt",))[0]
+    prompt = (config.data.prompt or config.validation.prompts or ("a prompt",))[0]
     if config.lora is not None:
         return f"{_code(_lora(base, prompt))}\n\nComfyUI loads `comfyui_lora.safetensors`."
     if family == "LCMLoRA":

@@ -12,9 +12,11 @@ from typing import Any
 from diffusion.checkpoints.hub import hub_file, parse_hub_id
 from diffusion.config import TrainConfig
 from diffusion.errors import PixArtError
-from diffusion.training.card_usage import kind_of, relation, tags, usage
+from diffusion.training.card_usage import family_settings, kind_of, relation, tags, usage
+from diffusion.training.reports import GRID
 
 CARD = "README.md"
+_CHECKPOINT = re.compile(r"^checkpoint-\d+$")
 _LICENCE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 
 
@@ -46,12 +48,15 @@ def _base_model(source: str | None) -> tuple[str | None, str | None]:
         return None, None
     hub_id = parse_hub_id(source)
     try:
-        card = hub_file(hub_id[0], CARD) if hub_id is not None else Path(source) / CARD
+        of_run = Path(source).parents[1] / CARD if _CHECKPOINT.match(Path(source).name) else Path(source) / CARD
+        card = hub_file(hub_id[0], CARD) if hub_id is not None else of_run
         text = card.read_text(encoding="utf-8")
     except (PixArtError, OSError):
         text = ""
     found = _LICENCE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
-    return (hub_id[0] if hub_id is not None else Path(source).name), found[1] if found else None
+    path = Path(source)
+    local = f"{path.parent.parent.name}/{path.name}" if _CHECKPOINT.match(path.name) else path.name
+    return (hub_id[0] if hub_id is not None else local), found[1] if found else None
 
 
 def _front_matter(config: TrainConfig, base: str | None, licence: str | None, work_dir: Path, family: str) -> str:
@@ -65,11 +70,10 @@ def _front_matter(config: TrainConfig, base: str | None, licence: str | None, wo
     if config.data.prompt:
         lines.append(f"instance_prompt: {json.dumps(config.data.prompt[0], ensure_ascii=False)}")
     grids = _grids(work_dir)
-    if grids:
-        lines.append("widget:")
-        for prompt in dict.fromkeys(config.validation.prompts):
-            text = json.dumps(prompt, ensure_ascii=False)
-            lines += [f"- text: {text}", "  output:", f"    url: {grids[-1].relative_to(work_dir).as_posix()}"]
+    if grids:  # one picture shows all prompts
+        text = json.dumps("; ".join(dict.fromkeys(_drawn(work_dir, config)["prompts"])), ensure_ascii=False)
+        url = grids[-1].relative_to(work_dir).as_posix()
+        lines += ["widget:", f"- text: {text}", "  output:", f"    url: {url}"]
     return "\n".join([*lines, "---"])
 
 
@@ -90,12 +94,23 @@ def _pictures(work_dir: Path, config: TrainConfig) -> str:
     if not grids:
         return ""
     shown = {"Before": grids[0], "After": grids[-1]} if len(grids) > 1 else {"After": grids[-1]}
-    prompts = ", ".join(f"`{prompt}`" for prompt in dict.fromkeys(config.validation.prompts))
-    steps = f"{config.validation.num_inference_steps} steps, guidance {config.validation.guidance_scale:g}"
-    lines = [f"## Pictures\n\nPrompts {prompts}; {steps}, seeds from {config.validation.seed}."]
+    drawn = _drawn(work_dir, config)
+    prompts = ", ".join(f"`{prompt}`" for prompt in dict.fromkeys(drawn["prompts"]))
+    count, guidance = drawn["num_inference_steps"], drawn["guidance_scale"]
+    steps = f"{count} step{'s' if count > 1 else ''}, guidance {guidance:g}"
+    lines = [f"## Pictures\n\nPrompts {prompts}; {steps}, seeds from {drawn['seed']}."]
     return "\n\n".join(
         [*lines, *(f"{name}:\n\n![{name}]({path.relative_to(work_dir).as_posix()})" for name, path in shown.items())]
     )
+
+
+def _drawn(work_dir: Path, config: TrainConfig) -> dict[str, Any]:
+    """How the grids were drawn, as the run wrote it; of older runs as their config asked."""
+    try:
+        drawn: dict[str, Any] = json.loads((work_dir / "validation" / GRID).read_text(encoding="utf-8"))
+        return drawn
+    except OSError:
+        return config.validation.model_dump(include={"prompts", "num_inference_steps", "guidance_scale", "seed"})
 
 
 def _grids(work_dir: Path) -> list[Path]:
@@ -115,6 +130,7 @@ def _settings(config: TrainConfig, step: int, family: str) -> dict[str, Any]:
         "largest gradient norm": config.gradient_clip,
         "EMA": {"LCM": config.ema_decay, "LCMLoRA": None}.get(family, config.ema_rate),
         "seed": config.seed,
+        **family_settings(config, family),
     }
     if config.lora is not None:
         lora = config.lora

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from diffusion.training.run_log import LOGGER, MetricsLog, format_duration
 from diffusion.training.state import RunState, evaluated_network
 from diffusion.training.validation import PromptGrid, ValidationLoss
 from diffusion.training.window import Window
+
+GRID = "grid.json"  # beside the grids: how they were drawn
 
 
 @dataclass
@@ -140,6 +143,7 @@ class Reports:
         path = self.work_dir / "validation" / f"step_{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
+        (path.parent / GRID).write_text(json.dumps(self._grid.drawn, indent=1, ensure_ascii=False) + "\n")
         self._metrics.picture(step, "validation", picture)
         LOGGER.info("step %d  validation grid: %s", step, path)
 

@@ -64,7 +64,10 @@ class ValidationLoss:
 
 
 class PromptGrid:
-    """Pictures of fixed prompts from fixed seeds. The captions are encoded once; T5 is then freed."""
+    """Pictures of fixed prompts from fixed seeds. The captions are encoded once; T5 is then freed.
+
+    `drawn` says how the last were drawn: prompts, num_inference_steps, guidance_scale, seed.
+    """
 
     def __init__(self, config: TrainConfig, device: torch.device, algorithm: str | None = None) -> None:
         from diffusion.images import load_vae
@@ -75,7 +78,7 @@ class PromptGrid:
 
         if config.pipeline_load_from is None:
             raise ConfigError("validation.prompts needs pipeline_load_from: the folder with tokenizer, T5 and VAE")
-        self.settings = config.validation
+        self.settings, self.drawn = config.validation, dict[str, Any]()
         self.prompts = read_prompts(config.validation.prompts, config.validation.prompt_file)
         self.image_size = config.image_size
         self.null_caption = config.null_caption
@@ -119,6 +122,8 @@ class PromptGrid:
             "guidance_scale": self.settings.guidance_scale,
             **arguments,
         }
+        self.drawn = {"prompts": list(self.prompts), "seed": self.settings.seed}
+        self.drawn |= {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
         pictures = self.pipeline(
             prompt_embeds=embeds,
             prompt_attention_mask=mask,

@@ -216,6 +216,8 @@ def test_notice_for_keys_another_data_type_reads(tmp_path: Path) -> None:
 
 def test_a_list_bound_for_use_in_data_gets_no_notice(tmp_path: Path) -> None:
     lines: list[str] = []
+    one = quiet(write(tmp_path, "one.py", 'data = dict(type="SAM", root="r", image_list_txt="a.txt")\n'))
+    assert one.data.image_list_txt == ("a.txt",)  # as in the original's base file
     text = 'image_list_txt = ["a.txt"]\ndata = dict(type="SAM", root="r", image_list_txt=image_list_txt)\n'
     config = load_config(write(tmp_path, "c.py", text), notify=lines.append)
     assert config.data.image_list_txt == ("a.txt",)

@@ -150,5 +150,13 @@ def test_the_programs(
     converted, written = load_file(tmp_path / "comfy" / COMFYUI_WEIGHTS), load_file(folder / "lora" / COMFYUI_WEIGHTS)
     assert converted.keys() == written.keys()
     assert all(torch.equal(converted[key], written[key]) for key in written)
+    small = door(
+        "tools/merge_lora.py", folder / "pipe", folder / "lora", "--out", tmp_path / "s", "--save_dtype", "fp16"
+    )
+    assert small.returncode == 0, small.stderr
+    weights = load_file(tmp_path / "s/transformer/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    file = door("tools/convert_lora.py", folder / "lora", tmp_path / "a.safetensors", "--to", "comfyui")
+    assert "must be a folder" in file.stderr and not (tmp_path / "a.safetensors").exists()
     assert "did you mean" in door("tools/convert_lora.py", folder / "lora", tmp_path, "--to", "comfy").stderr
     assert "--lora_scale is given without --lora" in door(*command, "--lora_scale", 1).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,13 @@ def test_validation_draws_conditions(edges: Path, base: Path, tmp_path: Path) ->
     validation = curve(tmp_path / "run", "validation_loss")
     assert validation[20] < validation[0]
     assert (tmp_path / "run/validation/step_0000020.png").is_file()
+    card, drawn = (
+        (tmp_path / "run/README.md").read_text(),
+        json.loads((tmp_path / "run/validation/grid.json").read_text()),
+    )
+    assert drawn["prompts"] != ["a", "b"]  # captions of held-out pictures, and the card names them
+    assert "Prompts " + ", ".join(f"`{prompt}`" for prompt in drawn["prompts"]) in card
+    assert "| control blocks |" in card
 
 
 def test_conditions_are_computed_in_every_step(parts: Path, base: Path, tmp_path: Path) -> None:

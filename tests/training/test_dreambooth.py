@@ -56,6 +56,7 @@ def ran(done: Done) -> Done:
 def test_with_prior_preservation(door: Door, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = ["--class_prompt", "a photo of a dog", "--num_class_images", "4", "--prior_weight", "2", "--token", "sks"]
+    flags += ["--cfg-options", "validation.prompts=[]", "validation.every_steps=3"]
     ran(door("train_scripts/train_dreambooth.py", config_file, "--work-dir", out, "--report_to", "none", *flags))
     assert len(list((out / "class_pictures").glob("*.png"))) == 4
     config = TrainConfig.from_json((out / "config.json").read_text())
@@ -66,6 +67,8 @@ def test_with_prior_preservation(door: Door, config_file: Path, tmp_path: Path) 
     assert 'instance_prompt: "a photo of sks dog"' in card
     assert "- dreambooth" in card
     assert "| class prompt | a photo of a dog (weight 2) |" in card
+    assert "Prompts `a photo of sks dog`, `a photo of a dog`; 2 steps" in card  # it draws what it learns
+    assert (out / "validation/step_0000003.png").is_file()
     assert (out / "checkpoints/checkpoint-3/transformer/config.json").is_file()
 
 
@@ -89,6 +92,8 @@ def test_without_it_as_an_adapter_and_resumed(door: Door, config_file: Path, tmp
         (["data.prompt=['a', 'b']"], r"must hold one prompt"),
         (["load_from=None"], r"give its weights with --load-from"),
         (["data.prior_weight=0"], r"data\.prior_weight=0 must be greater than 0"),
+        (["data.prompt=['']"], r"data\.prompt is empty; give words$"),
+        (["data.class_prompt=' '"], r"data\.class_prompt is empty; give words, or leave it out"),
     ],
 )
 def test_prompts_that_cannot_work(options: list[str], message: str, config_file: Path) -> None:
@@ -103,6 +108,20 @@ def test_no_pictures(door: Door, config_file: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "empty: no pictures; put a few of the subject there" in done.stderr
     assert "no such folder" in door(*command, "--train_class", tmp_path / "absent").stderr
+
+
+def test_a_broken_picture_of_the_subject_stops_the_run(door: Door, config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    shutil.copy(sorted((ROOT / "data/emoji/images").iterdir())[0], folder)
+    (folder / "b.png").write_text("no picture")
+    command = ["train_scripts/train_dreambooth.py", config_file, "--work-dir", tmp_path / "run"]
+    done = door(*command, "--train_class", folder)
+    assert done.returncode == 2
+    assert "1 of 2 pictures cannot be used: " in done.stderr and "b.png" in done.stderr
+    assert "--max-rejected" not in done.stderr
+    done = door(*command, "--num_class_images", 5)
+    assert "--num_class_images is given without --class_prompt" in done.stderr
 
 
 def test_the_published_configs_load() -> None:
@@ -130,7 +149,7 @@ def test_train_diffusers_takes_the_network_of_the_pipeline(door: Door, parts: Pa
     )  # fmt: skip
     trained = TrainConfig.from_json((out / "config.json").read_text())
     assert (trained.hidden_size, trained.depth, trained.caption_channels) == (32, 1, 32)
-    assert sorted(path.name for path in (out / "validation").iterdir()) == ["step_0000000.png", "step_0000002.png"]
+    assert sorted(path.name for path in (out / "validation").glob("*.png")) == ["step_0000000.png", "step_0000002.png"]
     assert json.loads((out / "checkpoints/checkpoint-2/transformer/config.json").read_text())["num_layers"] == 1
     assert "base_model: pipe\nbase_model_relation: finetune" in (out / "README.md").read_text()
 

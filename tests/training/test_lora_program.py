@@ -74,7 +74,7 @@ def test_the_run_folder_is_the_adapter(run: Path, base: Path) -> None:
         "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors",
     }  # fmt: skip
     assert read_adapter(run / "checkpoints/checkpoint-2").layers.keys() == read_adapter(run).layers.keys()
-    assert sorted(path.name for path in (run / "validation").iterdir()) == [
+    assert sorted(path.name for path in (run / "validation").glob("*.png")) == [
         f"step_{step:07d}.png" for step in (0, 3, 4)
     ]
     assert (run / "features-mirrored/manifest.json").is_file()

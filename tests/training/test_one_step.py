@@ -90,7 +90,10 @@ def test_compilation_takes_the_blocks_of_both_networks() -> None:
 
 
 def test_the_generator_draws_in_one_step(pairs: Path, base: Path, tmp_path: Path) -> None:
-    trainer = run(configured(pairs, base, tmp_path, "max_steps=1"), tmp_path / "run")
+    grid = ["validation.prompts=['a cat']", "validation.every_steps=1"]
+    trainer = run(configured(pairs, base, tmp_path, "max_steps=1", *grid), tmp_path / "run")
+    card = (tmp_path / "run/README.md").read_text()
+    assert "Prompts `a cat`; 1 step, guidance 1, " in card and "| timestep of the one step | 400 |" in card
     checkpoint = tmp_path / "run/checkpoints/checkpoint-1"
     pipeline = PixArtPipeline.from_pretrained(pairs / "pipe", transformer=checkpoint)
     pipeline.set_progress_bar_config(disable=True)
