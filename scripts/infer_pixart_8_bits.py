@@ -16,9 +16,10 @@ def build_parser() -> ArgumentParser:
     """Command-line arguments; importing this needs no torch."""
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model_path", default=BUNDLED, help="pipeline folder")
+    add("--model_path", default=BUNDLED, help="pipeline folder, or a transformer in any form")
+    add("--pipeline_load_from", default=BUNDLED, help="T5 and VAE of a model that has none")
     add("--prompt", default="cute cat", help="what is drawn")
-    add("--output", default="cat.png", help="the picture; an existing file is kept")
+    add("--output", default="cat.png", help="the picture, or a folder for it; an existing file is kept")
     add("--step", type=int, default=20, help="steps of DPM-Solver++")
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")

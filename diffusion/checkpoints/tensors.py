@@ -136,6 +136,8 @@ def read_native(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
         content = content[key]
     elif ema:
         raise CheckpointError(f"{path} has no {key}: it is a bare state dict; leave ema out")
+    elif isinstance(content, Mapping) and "state_dict_ema" in content:
+        raise CheckpointError(f"{path} holds averaged weights alone (state_dict_ema); open it with ema (--ema)")
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no state dict of tensors")
     # The file is mapped: copies keep a model apart from a file that is replaced later, and free what else it holds.

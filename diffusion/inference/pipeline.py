@@ -53,6 +53,7 @@ class PixArtPipeline(PipelineParts):
     """
 
     _interrupt = False
+    _warned_sizes: frozenset[tuple[int, int]] = frozenset()
     _shared: SharedForward | None = None
     _shared_decoder: SharedDecoder | None = None
 
@@ -189,7 +190,9 @@ class PixArtPipeline(PipelineParts):
                 f"callback_on_step_end_tensor_inputs has {', '.join(sorted(others))}; only latents change"
             )
         self._require_fitting_scheduler()
-        warn_of_untrained_area(self.default_size, *request.drawn_size)
+        if request.drawn_size not in self._warned_sizes:  # once, not for every batch of a file of prompts
+            self._warned_sizes = self._warned_sizes | {request.drawn_size}
+            warn_of_untrained_area(self.default_size, *request.drawn_size)
         self._interrupt = False
         seed, generator = given["seed"], given["generator"]
         if self._shared is not None and seed is None and generator is None:

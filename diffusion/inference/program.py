@@ -208,12 +208,13 @@ def draw_in_8_bits(args: argparse.Namespace) -> None:
     show_notices()
     device = choose_device(args.device)
     pipeline = load_pipeline(
-        args.model_path, args.model_path, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
+        args.model_path, args.pipeline_load_from, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
     )
     pipeline.set_memory_plan("8gb", device)
     with explained_memory("8gb"):
         output = pipeline(args.prompt, num_inference_steps=args.step, seed=args.seed)
-    path = save_png(output.images[0], args.output, {**output.recipes[0], "memory": "8gb"})
+    place = Path(args.output) / "picture.png" if Path(args.output).is_dir() else Path(args.output)
+    path = save_png(output.images[0], place, {**output.recipes[0], "memory": "8gb"})
     if device.type == "cuda":
         print(f"peak of allocations on the card: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
     print(f"picture: {path}")

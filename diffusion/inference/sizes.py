@@ -62,12 +62,16 @@ def parse_directives(prompt: str, model_px: int) -> SizedPrompt:
         match = _PAIR.fullmatch(found[name])
         height, width = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
         if height <= 0 or width <= 0:
-            raise PromptError(f"--{name} {found[name]} must be height:width, as in --{name} 9:16")
+            raise PromptError(
+                f"--{name} {found[name]} must be height:width, as in --{name} 9:16 (prompt {text[:60]!r})"
+            )
         if name == "ar":
             tall, wide = binned_size(model_px, height, width)
             return SizedPrompt(text, tall, wide)
         if max(height, width) > MAX_SIDE_PX or height % 1 or width % 1:
-            raise PromptError(f"--hw {found[name]} must be two whole numbers of px, at most {MAX_SIDE_PX}")
+            raise PromptError(
+                f"--hw {found[name]} must be two whole numbers of px, at most {MAX_SIDE_PX} (prompt {text[:60]!r})"
+            )
         return SizedPrompt(text, int(height), int(width), binned=True)
     return SizedPrompt(text)
 

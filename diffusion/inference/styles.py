@@ -53,7 +53,7 @@ def apply_style(name: str, prompt: str, negative_prompt: str | None = None) -> t
     Size directives at the end of the prompt stay at its end. Raises PromptError for an unknown style.
     """
     if name not in STYLES:
-        raise PromptError(f"style={name!r} is unknown; {did_you_mean(name, STYLES)} (of {', '.join(STYLES)})")
+        raise PromptError(f"style={name!r} is unknown; {did_you_mean(name, STYLES)}")
     frame, avoided = STYLES[name]
     words, dashes, directives = prompt.partition(" --")
     negative = ", ".join(part for part in (negative_prompt, avoided) if part)

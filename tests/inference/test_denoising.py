@@ -36,6 +36,6 @@ def test_random_seeds_follow_torchs_global_generator() -> None:
     assert len(set(first or [])) == 4
 
 
-def test_one_generator_cannot_serve_two_pictures() -> None:
+def test_a_list_of_generators_has_one_a_picture() -> None:
     with pytest.raises(PromptError, match="generator has 1 entries for 2 pictures"):
-        picture_generators(2, None, torch.Generator())
+        picture_generators(2, None, [torch.Generator()])

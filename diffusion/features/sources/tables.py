@@ -93,6 +93,8 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     try:
         if place.startswith(HUB):
             name, _, config = place.removeprefix(HUB).partition("@")
+            if not name.strip():
+                raise ValueError(f"{HUB} needs a name, as {HUB}OWNER/NAME")
             loaded = datasets.load_dataset(name, config or None)
         elif found := [str(path) for path in files or sorted(Path(place).glob("*.parquet"))]:
             loaded = datasets.load_dataset("parquet", data_files={"train": found})
