@@ -332,13 +332,14 @@ def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out:
     allowed = max(1, int(total * share)) if share > 0 else 0
     if len(rejected) <= allowed:
         return
-    count = f"{len(rejected)} of {total} pictures cannot be used"
     if share == 0:
-        raise DataError(f"{count}: {rejected[-1].reason}; mend or remove such pictures")
+        raise DataError(
+            f"{len(rejected)} of {total} pictures cannot be used: {rejected[-1].reason}; mend or remove such pictures"
+        )
     raise DataError(
-        f"{count}, {allowed} are allowed; the last: {rejected[-1].reason}. `python tools/check_data.py` lists all; "
-        f"mend them, or go on without them with --max-rejected {min(1.0, len(rejected) / total + 0.01):.2f} (then "
-        f"{out / REJECTED} lists them)"
+        f"{len(rejected)} of {total} pictures cannot be used, {allowed} are allowed; the last: {rejected[-1].reason}. "
+        f"`python tools/check_data.py` lists all; mend them, or go on without them with --max-rejected "
+        f"{min(1.0, len(rejected) / total + 0.01):.2f} (then {out / REJECTED} lists them)"
     )
 
 
