@@ -34,6 +34,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     choices: Mapping[str, Callable[[], Sequence[str]]] | None = None,
+    flags: Mapping[str, str] | None = None,
     notify: Callable[[str], None] = print_notice,
 ) -> TrainConfig:
     """Read, override and validate a training config.
@@ -44,6 +45,7 @@ def load_config(
         overrides: 'a.b=value' strings; a later one wins.
         choices: allowed values of top-level string keys that only the caller knows, e.g. {"model": model_names}; called
             when all else is right, since finding them out may import torch.
+        flags: dotted key -> the program's flag, such as "--rank", by which the user gave it; errors name it.
         notify: receives one line with the files and their sha256, and one per group of ignored keys.
     Raises:
         ConfigError: one line naming key, value, the file (or --cfg-options) that set it and the nearest valid name.
@@ -67,7 +69,10 @@ def load_config(
     try:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
-        raise explain(error, TrainConfig, lambda key: locate(key, chain, overridden)) from None
+        named = flags or {}
+        raise explain(
+            error, TrainConfig, lambda key: named.get(".".join(map(str, key))) or locate(key, chain, overridden)
+        ) from None
     for key, allowed in (choices or {}).items():
         check_choice(key, getattr(config, key), allowed(), locate((key,), chain, overridden))
     return config

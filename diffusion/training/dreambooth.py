@@ -49,12 +49,14 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
     Raises:
         PixArtError: a flag, the config, the model or the pictures cannot be used.
     """
-    overrides = [f"{key}={value!r}" for name, key in _FLAGS.items() if (value := getattr(args, name)) is not None]
+    given = {name: value for name in _FLAGS if (value := getattr(args, name)) is not None}
+    overrides = [f"{_FLAGS[name]}={value!r}" for name, value in given.items()]
     if args.train_class is not None and Path(args.train_class).is_dir():  # else below data_root, as the original's
         overrides.append(f"data.root={str(Path(args.train_class).resolve())!r}")
     if args.prompt is not None:
         overrides.append(f"data.prompt={[args.prompt]!r}")
-    config = load_config(args.config, [*overrides, *config_overrides(args)], choices=choices)
+    named = {_FLAGS[name]: f"--{name}" for name in given}
+    config = load_config(args.config, [*overrides, *config_overrides(args)], choices=choices, flags=named)
     check_prompts(config)
     for name in ("num_class_images", "prior_weight"):
         if getattr(args, name) is not None and config.data.class_prompt is None:

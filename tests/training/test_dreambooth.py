@@ -120,6 +120,7 @@ def test_a_broken_picture_of_the_subject_stops_the_run(door: Door, config_file: 
     assert done.returncode == 2
     assert "1 of 2 pictures cannot be used: " in done.stderr and "b.png" in done.stderr
     assert "--max-rejected" not in done.stderr
+    assert "error: --rank: lora.rank=0 must be" in door(*command, "--rank", 0).stderr
     done = door(*command, "--num_class_images", 5)
     assert "--num_class_images is given without --class_prompt" in done.stderr
 
