@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,10 @@ def save_pipeline(pipeline: PipelineParts, folder: str | Path, dtype: torch.dtyp
 
 def _write_parts(pipeline: PipelineParts, folder: Path, dtype: torch.dtype | None) -> None:
     pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    # transformers 5 does without the vocabulary of sentencepiece, which older versions ask for.
+    vocabulary = getattr(pipeline.tokenizer, "vocab_file", None)
+    if vocabulary is not None and Path(vocabulary).is_file():
+        shutil.copyfile(vocabulary, folder / "tokenizer" / Path(vocabulary).name)
     for name in ("text_encoder", "vae"):
         module = getattr(pipeline, name)
         if dtype is not None and module.dtype != dtype:

@@ -201,6 +201,10 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         """
         if self._residency is not None:
             raise PromptError(f"the pipeline has memory plan {self._residency.plan.name} already; load it again")
+        if self.transformer is None or self.vae is None:
+            raise PromptError(
+                "a memory plan moves transformer and VAE, of which this pipeline lacks one; use .to(device)"
+            )
         place = torch.device(device)
         self._leave_cpu(place)
         plan = choose_plan(name, lambda plan: max(self.expected_peak(plan, place, work).values()), place)

@@ -36,6 +36,8 @@ def test_t5_and_the_rest_can_be_loaded_one_after_the_other(pipeline_folder: Path
         drawing("a cat", **ARGUMENTS)
     with pytest.raises(PromptError, match="no VAE; ask for output_type='latent'"):
         drawing(**captions, **{**ARGUMENTS, "output_type": "pil"})
+    with pytest.raises(PromptError, match="of which this pipeline lacks one"):
+        drawing.set_memory_plan("auto", "cpu")
     with pytest.raises(CheckpointError, match="cannot be saved without its text_encoder"):
         drawing.save_pretrained(pipeline_folder.parent / "never")
 
@@ -93,7 +95,10 @@ def test_one_generator_draws_the_noise_of_all_as_in_diffusers(pipeline_folder: P
 def test_stock_diffusers_needs_no_dtype_for_weights_in_half_precision(pipeline_folder: Path, tmp_path: Path) -> None:
     load_quietly(pipeline_folder).save_pretrained(tmp_path / "saved", torch.float16)
     assert load_file(tmp_path / "saved/text_encoder/model.safetensors")["shared.weight"].dtype == torch.float16
-    for folder in (tmp_path / "saved", BUNDLED):
+    load_quietly(BUNDLED).save_pretrained(tmp_path / "bundled", torch.float16)
+    vocabularies = [folder / "tokenizer/spiece.model" for folder in (tmp_path / "bundled", BUNDLED)]
+    assert vocabularies[0].read_bytes() == vocabularies[1].read_bytes()
+    for folder in (tmp_path / "saved", tmp_path / "bundled", BUNDLED):
         stock = PixArtAlphaPipeline.from_pretrained(folder)
         stock.set_progress_bar_config(disable=True)
         size = {"height": stock.transformer.config.sample_size * 8, "width": stock.transformer.config.sample_size * 8}
