@@ -155,7 +155,7 @@ def test_training_learns_and_validates(config_file: Path, tmp_path: Path) -> Non
     assert sum(losses[s] for s in range(36, 41)) < 0.9 * sum(losses[s] for s in range(1, 6))
     validation = curve(tmp_path / "run", "validation_loss")
     assert validation[40] < validation[0]
-    assert sorted(path.name for path in (tmp_path / "run/validation").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run/validation").glob("*.png")) == [
         "step_0000000.png",
         "step_0000040.png",
     ]
