@@ -34,6 +34,19 @@ _TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
 _SHOW_STAGE = """() => {
   if (matchMedia('(max-width: 640px)').matches) document.querySelector('#stage').scrollIntoView({behavior: 'smooth'});
 }"""  # on a phone it lies below the settings
+# A picture that is done becomes the gallery's chosen one, whose thumbnail then takes the focus: not from a field that
+# somebody types in.
+_KEEP_FOCUS = """() => {
+  let acted = -1000;
+  const act = event => { if (!event.key || event.key === 'Tab') acted = performance.now(); };
+  addEventListener('pointerdown', act, true);
+  addEventListener('keydown', act, true);
+  addEventListener('focusin', event => {
+    const from = event.relatedTarget;
+    if (!from || !from.matches('input, textarea') || !event.target.closest('#gallery')) return;
+    if (performance.now() - acted > 300) from.focus({preventScroll: true});
+  });
+}"""
 _HIDDEN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # What may be refused goes through the queue: gradio shows errors of nothing else.
 _SPEAKING = {**_HIDDEN, "queue": True, "concurrency_limit": None}
@@ -86,6 +99,7 @@ def build_page(engine: Engine, variant: Variant, notice: str, examples: list[Exa
         _wire_stop(engine, stop, results.stage)
         _wire_results(engine, controls, results)
         _wire_edges(engine, controls, edges)
+        page.load(None, js=_KEEP_FOCUS, **_HIDDEN)
         page.unload(_leave(engine))
     page.queue(max_size=200, default_concurrency_limit=64)
     return page

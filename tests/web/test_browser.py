@@ -271,6 +271,20 @@ def test_by_keyboard_alone(tab: Tab) -> None:
     page.wait_for_function("seed => document.querySelector('#seed input').value !== seed", arg=seed)
 
 
+def test_the_next_prompt_can_be_typed_while_a_picture_is_drawn(tab: Tab) -> None:
+    page = tab.page
+    tab.fill("red apple")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#prompt textarea").fill("")
+    page.locator("#prompt textarea").focus()
+    page.locator("#download:not([disabled])").wait_for()  # the last thing that a picture changes
+    page.wait_for_timeout(1000)
+    page.keyboard.type("green frog")
+    assert tab.value("prompt") == "green frog"
+    page.locator("#gallery .thumbnail-item").first.click()  # of one's own will the focus goes there
+    assert page.evaluate("!!document.activeElement.closest('#gallery')")
+
+
 _NAMELESS = """() => {
   const named = e => {
     const by = (e.getAttribute('aria-labelledby') || '').split(' ').map(i => document.getElementById(i)?.innerText);
