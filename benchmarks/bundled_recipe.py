@@ -100,11 +100,11 @@ def encoder(args: argparse.Namespace) -> list[Command]:
 
 
 def vae(args: argparse.Namespace) -> list[Command]:
-    return [_train_vae(args, args.vae_seconds, "--detail-weight", 0.1)]
+    return [_train_vae(args, args.vae_seconds, "--colour-weight", 20, "--detail-weight", 0.1)]
 
 
 def decoder(args: argparse.Namespace) -> list[Command]:
-    fine = ["--detail-weight", 0.2, "--latent-noise", 0.3, "--lr", 6e-4]
+    fine = ["--detail-weight", 0.2, "--colour-weight", 20, "--latent-noise", 0.3, "--lr", 6e-4]
     return [_train_vae(args, args.decoder_seconds, "--start", args.work / "model/vae", "--decoder-only", *fine)]
 
 

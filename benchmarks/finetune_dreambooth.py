@@ -191,7 +191,7 @@ def judge(
     from diffusion.evaluation.retrieval import nearest_pictures, recall, to_pixels
     from diffusion.inference import PixArtPipeline
 
-    weights = None if run is None else latest_checkpoint(run / "checkpoints")
+    weights = BASE if run is None else latest_checkpoint(run / "checkpoints")
     pipe = PixArtPipeline.from_pretrained(BASE, transformer=weights, device=device)
     pipe.set_progress_bar_config(disable=True)
     settings = DrawingSettings(num_inference_steps=args.inference_steps, batch_size=24)

@@ -52,6 +52,8 @@ def adjusted(command: str, parts: Path) -> str:
     appended = APPENDED[word]
     if "train_dreambooth" in command:
         appended = appended.replace("--cfg-options", "--load-from PIPE --cfg-options pipeline_load_from=\"'PIPE'\"")
+    if "--class_prompt" not in command:
+        appended = appended.replace("--num_class_images 2 ", "")
     return f"{command} {appended}".replace("PIPE", str(parts / "pipe")).replace("STORE", f"\"'{parts / 'store'}'\"")
 
 
