@@ -19,6 +19,7 @@ from diffusion.training.autoencoder import (
     AutoencoderObjective,
     augment,
     build_autoencoder,
+    concept_weights,
     equalize_latents,
     latent_statistics,
     load_pictures,
@@ -237,6 +238,16 @@ def test_default_network_is_within_its_budget() -> None:
 def test_bad_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         tiny_config(**changes)
+
+
+def test_concepts_are_drawn_equally_often(tmp_path: Path) -> None:
+    concepts = ["hand", "hand", "hand", "frog", None]
+    rows = [{"file_name": f"{n}.png", "split": "train", "concept": name} for n, name in enumerate(concepts)]
+    rows.append({"file_name": "h.png", "split": "heldout", "concept": "frog"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    weights = concept_weights(tmp_path, "train")
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 1.0]))
+    assert len(concept_weights(tmp_path, "train", limit=2)) == 2
 
 
 def test_bad_data_is_named(data: Path, tmp_path: Path) -> None:
