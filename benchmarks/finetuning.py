@@ -63,11 +63,10 @@ def train(
     return trainer
 
 
-def open_pipeline(transformer: Any = None, algorithm: str = "dpm-solver") -> PixArtPipeline:
+def open_pipeline(transformer: Any = PARTS, algorithm: str = "dpm-solver") -> PixArtPipeline:
     """The bundled pipeline on the fastest device, in float32, with its transformer or another."""
-    given = {} if transformer is None else {"transformer": transformer}
     pipeline = PixArtPipeline.from_pretrained(
-        PARTS, **given, ema=True, algorithm=algorithm, device=choose_device("auto")
+        PARTS, transformer=transformer, ema=True, algorithm=algorithm, device=choose_device("auto")
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -9,8 +9,6 @@ from diffusion.config.arguments import ArgumentParser
 from diffusion.config.sampling_cli import BUNDLED
 from diffusion.errors import run_cli
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
@@ -19,18 +17,17 @@ def main() -> None:
     add("loras", nargs="+", metavar="lora", help="adapter folder, file or hub id")
     add("--lora_scale", type=float, action="append", default=[], help="strength of each, or of all; absent = 1")
     add("--out", required=True, help="new folder")
-    add("--save_dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the new folder")
+    add("--save_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights in the new folder")
     add("--pipeline_load_from", default=BUNDLED, help="T5 and VAE of a model that has none (default: %(default)s)")
     args = parser.parse_args()
 
-    import torch
-
+    from diffusion.features.rows import DTYPES
     from diffusion.inference.batch import load_pipeline
     from diffusion.inference.lora import fuse_into
 
     pipeline = load_pipeline(args.model, args.pipeline_load_from)
     fuse_into(pipeline, args.loras, args.lora_scale)
-    pipeline.save_pretrained(args.out, getattr(torch, DTYPES[args.save_dtype]))
+    pipeline.save_pretrained(args.out, DTYPES[args.save_dtype])
     print(f"merged pipeline: {args.out}")
 
 

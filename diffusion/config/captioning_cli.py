@@ -49,7 +49,7 @@ def captioning_parser(description: str | None) -> ArgumentParser:
     add("--limit", type=int, help="first so many pictures")
     add(
         "--max-rejected", type=float, default=0.01,
-        help="largest share of unusable pictures; one is always allowed (default: %(default)s)",
+        help="largest share of unusable pictures; one is always allowed, unless 0 (default: %(default)s)",
     )  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")

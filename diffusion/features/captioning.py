@@ -83,7 +83,7 @@ def caption_pictures(
 
     Args:
         data_root, index: see `read_caption_index`; limit: first so many pictures.
-        max_rejected: largest share of unusable pictures; one is always allowed.
+        max_rejected: largest share of unusable pictures, see `refuse_too_many`.
     Returns:
         counts: captions, new, cut (at `max_new_tokens`), rejected.
     Raises:

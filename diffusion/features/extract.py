@@ -122,7 +122,7 @@ def extract_folder(
         source, splits, dataset_root: see `open_source`, or what it returned.
         out: the store's folder; pretrained: see `Encoders.find`.
         limit: evenly spaced subset of at most this many pictures.
-        max_rejected: largest share of unusable pictures; one is always allowed.
+        max_rejected: largest share of unusable pictures, see `refuse_too_many`.
         ranks: the caller's processes, which stay open; None = those of the environment.
         prune: take rows out of the store whose pictures the source no longer has; else they are an error.
     Returns:

@@ -45,7 +45,8 @@ class AdapterFamily(Family):
         left_out, digest = {*trained_state(network), *NATIVE_ONLY}, xxhash.xxh3_64()  # what not all files hold
         for name, tensor in network.state_dict().items():
             if name not in left_out:
-                digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode())
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)  # where it lies
         self._base_fingerprint = digest.hexdigest()
         return network
 

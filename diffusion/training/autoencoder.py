@@ -92,7 +92,7 @@ def load_pictures(data: Path, split: str, *, limit: int | None = None) -> Tensor
 
     from diffusion.images import decode_image
 
-    names = [row["file_name"] for row in _listed(data, split)][:limit]
+    names = [name for name, _ in _listed(data, split)[:limit]]
     if not names:
         raise DataError(f"{data}: split {split!r} has no pictures")
     arrays = [np.asarray(decode_image(data / name)) for name in names]
@@ -102,11 +102,12 @@ def load_pictures(data: Path, split: str, *, limit: int | None = None) -> Tensor
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def _listed(data: Path, split: str) -> list[dict[str, Any]]:
+def _listed(data: Path, split: str) -> list[tuple[str, str]]:
+    """File name and concept of a split's pictures; one without a concept is one of its own."""
     try:
         with (data / "metadata.jsonl").open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        return [row for row in rows if row["split"] == split and row["file_name"]]
+        return [(row["file_name"], row.get("concept") or row["file_name"]) for row in rows if row["split"] == split]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{data / 'metadata.jsonl'}: no readable list of pictures ({error})") from error
 
@@ -117,7 +118,7 @@ def concept_weights(data: Path, split: str, *, limit: int | None = None) -> Tens
     Most emojis are people in five tones of skin: drawn uniformly, the VAE would see little else, and lose the colours
     of what is rare.
     """
-    concepts = [row.get("concept") or row["file_name"] for row in _listed(data, split)][:limit]
+    concepts = [concept for _, concept in _listed(data, split)[:limit]]
     counts = Counter(concepts)
     return torch.tensor([1 / counts[concept] for concept in concepts])
 
