@@ -185,8 +185,9 @@ def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path: Path) ->
         "import os, sys, time\nfrom pathlib import Path\nfrom diffusion.files import FolderLock\n"
         f"lock = FolderLock(Path({str(tmp_path)!r}))\n"
         "pid = os.fork()\n"
-        "if pid == 0:\n    time.sleep(60)\n"
-        "print(pid, flush=True)\ntime.sleep(60)\n"
+        # The worker tells its number itself: only then has it given its copy of the lock back.
+        "if pid == 0:\n    print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
