@@ -35,16 +35,15 @@ _SHOW_STAGE = """() => {
   if (matchMedia('(max-width: 640px)').matches) document.querySelector('#stage').scrollIntoView({behavior: 'smooth'});
 }"""  # on a phone it lies below the settings
 # A picture that is done becomes the gallery's chosen one, whose thumbnail then takes the focus: not from a field that
-# somebody types in.
+# somebody types in, unless a press in the gallery or a Tab has just moved it.
 _KEEP_FOCUS = """() => {
-  let acted = -1000;
-  const act = event => { if (!event.key || event.key === 'Tab') acted = performance.now(); };
-  addEventListener('pointerdown', act, true);
-  addEventListener('keydown', act, true);
+  let asked = false;
+  addEventListener('pointerdown', event => { asked = !!event.target.closest('#gallery'); }, true);
+  addEventListener('keydown', event => { asked = event.key === 'Tab'; }, true);
   addEventListener('focusin', event => {
-    const from = event.relatedTarget;
-    if (!from || !from.matches('input, textarea') || !event.target.closest('#gallery')) return;
-    if (performance.now() - acted > 300) from.focus({preventScroll: true});
+    const from = event.relatedTarget, into = event.target.closest('#gallery');
+    if (into && !asked && from && from.matches('input, textarea')) from.focus({preventScroll: true});
+    asked = false;
   });
 }"""
 _HIDDEN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -281,6 +281,13 @@ def test_the_next_prompt_can_be_typed_while_a_picture_is_drawn(tab: Tab) -> None
     page.wait_for_timeout(1000)
     page.keyboard.type("green frog")
     assert tab.value("prompt") == "green frog"
+    page.evaluate("""() => {  // a picture that is done at once, before the press of Draw is 0.3 s old
+      document.querySelector('#draw-button').dispatchEvent(new PointerEvent('pointerdown', {bubbles: true}));
+      document.querySelector('#prompt textarea').focus();
+      document.querySelector('#gallery .thumbnail-item').focus();
+    }""")
+    page.keyboard.type("s")
+    assert tab.value("prompt") == "green frogs"
     page.locator("#gallery .thumbnail-item").first.click()  # of one's own will the focus goes there
     assert page.evaluate("!!document.activeElement.closest('#gallery')")
 
