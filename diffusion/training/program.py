@@ -13,6 +13,7 @@ from diffusion.training.adapter_family import family_of
 from diffusion.training.family import Family
 from diffusion.training.publishing import publish_if_asked, require_account_if_asked
 from diffusion.training.reports import Reporting
+from diffusion.training.run_log import close_log
 from diffusion.training.trainer import Trainer
 
 
@@ -36,6 +37,13 @@ def train_config(
     """Train and upload what a config says; the flags say where and how. Returns the run folder."""
     family = family or family_of(config)
     require_account_if_asked(args)
+    try:
+        return _run(args, config, family, ranks)
+    finally:
+        close_log()
+
+
+def _run(args: argparse.Namespace, config: TrainConfig, family: Family, ranks: Ranks | None) -> Path:
     trainer = Trainer(
         config,
         family.objective,

@@ -17,6 +17,7 @@ LOGGER = logging.getLogger("pixart")
 
 def configure_logging(work_dir: Path | None, *, is_main: bool) -> None:
     """Lines to stdout and to WORK/train_log.log (appended on resume); other ranks say warnings alone."""
+    close_log()
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -26,6 +27,14 @@ def configure_logging(work_dir: Path | None, *, is_main: bool) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         LOGGER.addHandler(handler)
+
+
+def close_log() -> None:
+    """Give back WORK/train_log.log: what this process logs after its run is not the run's."""
+    for handler in LOGGER.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            LOGGER.removeHandler(handler)
+            handler.close()
 
 
 def format_duration(seconds: float) -> str:

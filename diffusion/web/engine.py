@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from diffusion.web.settings import WebSettings
 
 _logger = logging.getLogger("pixart.web")
 _MAX_CANCELLED = 1000
+_FAULT = "something went wrong here, not in your request; it is in the log. Please try again"
 
 
 class Engine:
@@ -144,8 +146,12 @@ class Engine:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             self.metrics.drawing.set(1)
-            outcome, message = self._draw(job)
-            self._count(job, outcome)
+            outcome, message = "failed", _FAULT
+            try:
+                outcome, message = self._draw(job)
+                self._count(job, outcome)
+            except Exception:  # such as a log that cannot be written; there is no other worker
+                traceback.print_exc()
             with self._wake:
                 self._current = None
             self.metrics.drawing.set(0)
@@ -180,7 +186,7 @@ class Engine:
         except Exception:
             _logger.exception("a picture could not be drawn; the pipeline is loaded again")
             self._rebuild()
-            return "failed", "something went wrong here, not in your request; it is in the log. Please try again"
+            return "failed", _FAULT
 
     def _rebuild(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,10 @@ def test_dora_with_an_int8_text_encoder(base: Path, pictures: Path, tmp_path: Pa
 
 def test_no_effect_is_said(base: Path, pictures: Path, tmp_path: Path) -> None:
     train(base, pictures, tmp_path / "faint", "--learning_rate=1e-9", "--max_train_steps=1")
+    logging.getLogger("pixart").warning("said after the run")
     log = (tmp_path / "faint/train_log.log").read_text()
     assert "will not be seen; raise the learning rate" in log
+    assert "said after the run" not in log
 
 
 def test_parquet(base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -210,6 +210,28 @@ def test_a_fault_is_told_and_the_next_request_served(engine: Engine, caplog: pyt
     assert "ZeroDivisionError" in caplog.text and "secret garden" not in caplog.text
 
 
+def test_a_log_that_cannot_be_written_keeps_no_picture_back(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine.start()
+    handler, logger, client = (
+        logging.FileHandler(tmp_path / "gone.log"),
+        logging.getLogger("pixart.web"),
+        Client(engine),
+    )
+    handler.close()
+    handler.baseFilename = str(tmp_path / "gone/page.log")
+    logger.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO, "pixart.web"):
+            for _ in range(2):
+                client.ask()
+                assert client.end().stage == "done"
+    finally:
+        logger.removeHandler(handler)
+    assert "gone/page.log" in capfd.readouterr().err
+
+
 def test_a_pipeline_that_cannot_be_loaded_again_is_said(engine: Engine) -> None:
     engine.start()
     engine.artist.pipeline.transformer.predict = lambda *_, **__: 1 / 0
