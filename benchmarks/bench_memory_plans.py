@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from random_parts import text_config
+from random_parts import FULL, TINY, make_text_encoder, make_transformer, make_vae
 from report import write_report
 
 from diffusion.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "output/pretrained_models/emoji-256/tokenizer"
 PROMPTS = (
     "a small cactus with a happy face in the Sahara desert",
     "an old lighthouse on a cliff in heavy rain, oil painting",
@@ -71,69 +70,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def materialize(model: Any, seed: int, device: Any, dtype: Any) -> Any:
-    """Give a model on the meta device seeded weights, drawn on `device`, kept on the CPU; tied weights stay tied."""
-    import torch
-
-    generator = torch.Generator(device).manual_seed(seed)
-    made: dict[int, Any] = {}
-
-    def filled(name: str, old: Any) -> Any:
-        if old.ndim < 2:
-            values = torch.ones(old.shape) if "norm" in name else torch.zeros(old.shape)
-        else:
-            fan_in = 1 if "shared" in name or "embed_tokens" in name else old[0].numel()
-            values = torch.randn(old.shape, generator=generator, device=device) * fan_in**-0.5
-        return torch.nn.Parameter(values.to(dtype).cpu(), requires_grad=False)
-
-    for prefix, module in model.named_modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None:
-                if id(old) not in made:
-                    made[id(old)] = filled(f"{prefix}.{name}", old)
-                module._parameters[name] = made[id(old)]
-    return model.eval()
-
-
 def build_pipeline(args: argparse.Namespace, row: Row) -> Any:
-    """Random full-size (or tiny) parts on the CPU."""
+    """Random full-size (or tiny) parts: made on the device, kept on the CPU."""
     import torch
-    from diffusers import AutoencoderKL
-    from transformers import AutoTokenizer, T5EncoderModel
 
-    from diffusion.checkpoints import materialize_buffers
     from diffusion.inference import PixArtPipeline, make_scheduler
-    from diffusion.models import build_model
     from diffusion.text import make_float16_safe
 
-    dtype = getattr(torch, row.dtype)
-    width, layers, heads = (64, 3, 4) if args.tiny else (4096, 24, 64)
-    size = args.size // 8
-    network = {"input_size": size, "pe_interpolation": 2.0, "caption_channels": width}
-    if args.tiny:
-        network |= {"hidden_size": 48, "num_heads": 4, "depth": 2}
-    with torch.device("meta"):
-        text_encoder = T5EncoderModel(text_config(width, layers, heads))
-        transformer = build_model("PixArtMS_XL_2", **network)
-    materialize(text_encoder, 1, args.device, dtype)
+    size, dtype = TINY if args.tiny else FULL, getattr(torch, row.dtype)
+    torch.manual_seed(1)  # for the initial weights of T5
+    tokenizer, text_encoder = make_text_encoder(size, args.device, dtype)
+    text_encoder = make_float16_safe(text_encoder.cpu())
     if not args.tiny:
         assert sum(p.numel() for p in text_encoder.parameters()) == 4_762_310_656
-    materialize(transformer, 2, args.device, dtype)
-    materialize_buffers(transformer)
-    transformer.to(dtype)
-    torch.manual_seed(3)
-    channels = (8, 8, 8, 8) if args.tiny else (128, 256, 512, 512)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
-        layers_per_block=2,
-        norm_num_groups=4 if args.tiny else 32,
-        sample_size=args.size,
-    )
-    vae.eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
-    text_encoder = make_float16_safe(text_encoder)
+    transformer = make_transformer(size, args.size, args.device, dtype).cpu()
+    vae = make_vae(size, args.size, args.device, torch.float32).cpu()
     return PixArtPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler("dpm-solver"))
 
 
@@ -199,14 +150,15 @@ def run_row(args: argparse.Namespace) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     row, device = ROWS[args.child], torch.device(args.device)
+    started = time.perf_counter()
+    pipeline = build_pipeline(args, row)
+    pipeline.set_progress_bar_config(disable=True)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the parts were made in
         free, total = torch.cuda.mem_get_info()
         print(f"{args.child}: {(total - free) / 1e9:.2f} GB of the card are taken before the first allocation")
         if row.cap_gb is not None:
             torch.cuda.set_per_process_memory_fraction((row.cap_gb - CONTEXT_GB) * 1e9 / total)
-    started = time.perf_counter()
-    pipeline = build_pipeline(args, row)
-    pipeline.set_progress_bar_config(disable=True)
     built = time.perf_counter()
     expected = place(pipeline, row, device)
     facts = {
