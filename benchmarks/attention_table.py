@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timing import timed
 
+from diffusion.errors import first_line
 from diffusion.models.kernels import Kernels, attend, attend_text, text_width, use_kernels
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.text import TextLengths
@@ -103,7 +104,7 @@ def _rates(device: Any, kernels: Kernels, text: Any, batch: int, tokens: int, re
         ahead = min(timed(device, forward_loop) for _ in range(3)) / repeats
         both = min(timed(device, both_loop) for _ in range(3)) / repeats
     except RuntimeError as error:
-        return {"error": str(error).splitlines()[0][:120]}
+        return {"error": first_line(error)[:120]}
     flops = 4 * batch * HEADS * tokens * keys * CHANNELS  # padding of captions is counted, so that rows compare
     back = max(both - ahead, 1e-9)
     return {

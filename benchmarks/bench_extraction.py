@@ -22,17 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from original_extraction import original_captions, original_pictures
+from random_parts import FULL, TINY, make_text_encoder, make_vae
 from report import write_report
-from timing import compute_dtype, matmul_rate, timed
+from timing import compute_dtype, timed
 
 from diffusion.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "output/pretrained_models/emoji-256/tokenizer"
 MAX_TOKENS, MEAN_TOKENS = 120, 60
-T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-T5_TINY = {"vocab_size": 32128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-VAE_FULL, VAE_TINY = (128, 256, 512, 512), (8, 8, 8, 8)
 
 
 def main() -> None:
@@ -62,11 +59,11 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """The figures, and the same again with each further part."""
     import torch
 
-    from diffusion.devices import choose_device
+    from diffusion.devices import choose_device, matmul_rate
 
     device = choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = matmul_rate(device, 512 if args.tiny else 8192)
+    peak = matmul_rate(device, 512 if args.tiny else 8192, compute_dtype(device))
     say(f"{name}: {peak / 1e12:.1f} TFLOP/s")
     figures: dict[str, Any] = {
         "benchmark": "extraction of captions and pictures against the original's way, random weights",
@@ -150,20 +147,13 @@ def captions(args: argparse.Namespace, folder: Path, device: Any, peak: float) -
 def build_text_encoder(tiny: bool, device: Any) -> Any:
     """T5-XXL's encoder with random weights, made on the device, and the bundled tokenizer."""
     import torch
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     from diffusion.text import CaptionEncoder
 
-    config = T5Config(**(T5_TINY if tiny else T5_XXL), feed_forward_proj="gated-gelu", dropout_rate=0.0)
-    usual = torch.get_default_dtype()
     torch.manual_seed(0)
-    torch.set_default_dtype(compute_dtype(device))
-    try:
-        with device:
-            model = T5EncoderModel(config)
-    finally:
-        torch.set_default_dtype(usual)
-    return CaptionEncoder(AutoTokenizer.from_pretrained(str(TOKENIZER)), model, max_length=MAX_TOKENS)
+    return CaptionEncoder(
+        *make_text_encoder(TINY if tiny else FULL, device, compute_dtype(device)), max_length=MAX_TOKENS
+    )
 
 
 def make_captions(encoder: Any, count: int) -> tuple[list[str], list[int]]:
@@ -258,7 +248,7 @@ def our_pictures(
     warm, rest = samples[: 2 * batch_size], samples[2 * batch_size :]
     settings = ExtractionSettings(image_size=px, batch_size=batch_size)
     torch.compiler.reset()  # else the second size would get kernels for any size
-    vae = build_vae(args.tiny, device, compute_dtype(device))
+    vae = make_vae(TINY if args.tiny else FULL, 512, device, compute_dtype(device))
     zeros = torch.zeros(batch_size, 3, px, px, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.encode(torch.zeros(1, 3, px, px, device=device, dtype=vae.dtype))
@@ -284,7 +274,8 @@ def our_pictures(
 def original_rate(paths: Sequence[Path], folder: Path, px: int, tiny: bool, device: Any) -> float:
     import torch
 
-    return original_pictures(build_vae(tiny, device, torch.float32), paths, folder, px, device)
+    vae = make_vae(TINY if tiny else FULL, 512, device, torch.float32)
+    return original_pictures(vae, paths, folder, px, device)
 
 
 def make_jpegs(folder: Path, count: int, px: int) -> list[Path]:
@@ -306,24 +297,6 @@ def make_jpegs(folder: Path, count: int, px: int) -> list[Path]:
             path.hardlink_to(paths[number % 32])
         paths.append(path)
     return paths
-
-
-def build_vae(tiny: bool, device: Any, dtype: Any) -> Any:
-    """The VAE of Stable Diffusion with random weights."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=VAE_TINY if tiny else VAE_FULL,
-        layers_per_block=2,
-        norm_num_groups=4 if tiny else 32,
-        latent_channels=4,
-        sample_size=512,
-    )
-    return vae.to(device, dtype).eval().requires_grad_(False)
 
 
 def vae_alone(vae: Any, pixels: Any, device: Any) -> float:

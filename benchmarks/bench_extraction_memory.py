@@ -62,13 +62,14 @@ def make_pictures(folder: Path, count: int) -> Path:
 def make_encoders(folder: Path) -> Path:
     """A pipeline folder of a tiny T5, the bundled tokenizer and a tiny VAE."""
     import torch
-    from bench_extraction import build_text_encoder, build_vae
+    from bench_extraction import build_text_encoder
+    from random_parts import TINY, make_vae
 
     cpu = torch.device("cpu")
     encoder = build_text_encoder(True, cpu)
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     encoder.model.save_pretrained(folder / "text_encoder")
-    build_vae(True, cpu, torch.float32).save_pretrained(folder / "vae")
+    make_vae(TINY, 512, cpu, torch.float32).save_pretrained(folder / "vae")
     return folder
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from report import write_report
 
 from diffusion.config.arguments import ArgumentParser
-from diffusion.errors import run_cli
+from diffusion.errors import first_line, run_cli
 
 PARTS = ("attention", "levers", "profile")
 # Arms by name: compiled or not, `Kernels`, FP8 recipe. Exact ones first; "exact" is all that is exact together.
@@ -62,14 +62,16 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
     from attention_table import measure_attention
-    from timing import matmul_rate
+    from timing import compute_dtype
 
+    from diffusion.devices import matmul_rate
     from diffusion.ranks import Ranks
 
     ranks = Ranks(args.device)
     size = 256 if args.tiny else 8192
     figures: dict[str, Any] = {"benchmark": f"levers of training, {'tiny network' if args.tiny else 'XL/2'}"}
-    figures |= {"device": device_name(ranks.device), "matmul_tflops": round(matmul_rate(ranks.device, size) / 1e12, 2)}
+    rate = matmul_rate(ranks.device, size, compute_dtype(ranks.device))
+    figures |= {"device": device_name(ranks.device), "matmul_tflops": round(rate / 1e12, 2)}
     if "attention" in args.parts:
         figures["attention"] = measure_attention(ranks.device, repeats=2 if args.tiny else 20, tiny=args.tiny)
         write_report(args.out, figures)
@@ -100,7 +102,7 @@ def measure_levers(args: argparse.Namespace, folder: Path, pixels: int, ranks: A
             bench.switch(name)
             loss = [bench.step().item() for _ in range(3)]
         except Exception as error:  # an arm that cannot run must not cost the others their figures
-            result[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            result[name] = {"error": f"{type(error).__name__}: {first_line(error)[:200]}"}
             print(f"{name}: {result[name]}", flush=True)
             bench.free()
             continue

@@ -20,7 +20,7 @@ from typing import Any
 from report import write_report
 
 from diffusion.config.arguments import ArgumentParser
-from diffusion.errors import run_cli
+from diffusion.errors import first_line, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -192,7 +192,7 @@ def run_row(args: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             figures, drawn[arm] = measure(args, ROWS[name], ARMS[arm])
         except (RuntimeError, AssertionError) as error:  # the other arms are worth their time
             traceback.print_exc()
-            yield arm, {"failed": str(error).splitlines()[0] if str(error) else type(error).__name__}
+            yield arm, {"failed": first_line(error)}
             continue
         figures["error"] = float(f"{relative_error(drawn[arm][0], exact):.3g}")
         for loop, graph in PAIRS:

@@ -119,9 +119,8 @@ def measure(args: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]:
     """The row's figures, as the JSON holds them."""
     import torch
     from abab import compare
-    from timing import matmul_rate
 
-    from diffusion.devices import choose_device
+    from diffusion.devices import choose_device, matmul_rate
 
     device = torch.device("cpu") if row.bundled else choose_device(args.device)
     precision = precision_of(row, device)

@@ -55,34 +55,16 @@ def share(pipeline: Any, ranks: Any, groups: int, *, graphed: bool) -> None:
 def build_pipeline(args: argparse.Namespace, device: Any) -> Any:
     """XL/2 for 1024 px and the VAE of Stable Diffusion in bf16 with random weights, equal on all processes; no T5."""
     import torch
-    from diffusers import AutoencoderKL
+    from random_parts import FULL, TINY, make_transformer, make_vae
+    from timing import compute_dtype
 
     from diffusion.inference import PixArtPipeline, make_scheduler
-    from diffusion.models import build_model
 
-    network = {"input_size": 128, "pe_interpolation": 2.0, "caption_channels": 4096}
-    channels, groups = (128, 256, 512, 512), 32
-    if args.tiny:
-        network |= {"input_size": 8, "hidden_size": 48, "num_heads": 4, "depth": 2, "caption_channels": 16}
-        channels, groups = (8, 8, 8, 8), 4
-    torch.manual_seed(0)
-    with torch.device(device):
-        transformer = build_model("PixArtMS_XL_2", **network)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=channels,
-            layers_per_block=2,
-            norm_num_groups=groups,
-        )
-    with torch.no_grad():  # a fresh network predicts zero
-        for parameter in transformer.parameters():
-            parameter.normal_(std=0.02)
+    size, pixels, dtype = TINY if args.tiny else FULL, 64 if args.tiny else 1024, compute_dtype(device)
+    transformer = make_transformer(size, pixels, device, dtype).requires_grad_(False)
+    vae = make_vae(size, pixels, device, dtype)
     if device.type == "cuda":
-        transformer.to(torch.bfloat16)
-        vae.to(torch.bfloat16, memory_format=torch.channels_last)
-    for module in (transformer, vae):
-        module.eval().requires_grad_(False)
+        vae.to(memory_format=torch.channels_last)
     pipeline = PixArtPipeline(None, None, vae, transformer, make_scheduler("dpm-solver"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

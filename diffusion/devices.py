@@ -1,11 +1,14 @@
-"""One meaning of --device and --dtype for all programs, and the way of results to host memory."""
+"""One meaning of --device and --dtype for all programs, the rate of a device, and the way of results to the host."""
 
 from __future__ import annotations
+
+import math
+import time
 
 import torch
 from torch import Tensor
 
-from diffusion.errors import ConfigError
+from diffusion.errors import ConfigError, first_line
 
 
 def choose_device(name: str) -> torch.device:
@@ -19,8 +22,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ConfigError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+        raise ConfigError(f"--device {name} cannot be used ({first_line(error)[:120]}); try --device cpu") from error
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +49,20 @@ def choose_dtype(name: str, device: torch.device, *, few_steps: bool = False) ->
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16 or AMX): twice the rate of float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def matmul_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """FLOP/s of products of square matrices of `size` rows, the best of five trials."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best, repeats = math.inf, 20 if device.type == "cuda" else 2
+    for trial in range(6):  # the first warms up
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        if trial:
+            best = min(best, (time.perf_counter() - started) / repeats)
+    return 2 * size**3 / best
 
 
 class HostCopy:

@@ -79,6 +79,12 @@ class PeerLostError(PixArtError):
     exit_code = EXIT_PEER_LOST
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for the middle of a message: its first line, or its type where it is silent."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The remedy part of an unknown-name error: the nearest valid name, else the list of them."""
     choices = list(choices)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffusion.errors import CheckpointError, StorageError
+from diffusion.errors import CheckpointError, StorageError, first_line
 
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 CLIENT_LIBRARIES = (*_HTTP_LIBRARIES, "huggingface_hub")
@@ -97,8 +97,7 @@ def explained(repo: str, what: str, target: Path | None) -> Iterator[None]:
         # The client's HTTP library is its own choice, and its connection errors have no class in common.
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _HTTP_LIBRARIES:
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{what} of {repo}: {reason}; {by_hand}") from error
+        raise CheckpointError(f"{what} of {repo}: {first_line(error)}; {by_hand}") from error
 
 
 def endpoint() -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.errors import CheckpointError
+from diffusion.errors import CheckpointError, first_line
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -168,7 +168,7 @@ def _reason(error: Exception) -> str:
         return f"its pickle calls {called[1]}"
     if "weights_only" in text:  # torch goes on to advise loading it all the same
         return "no tensor file, or its pickle holds more than tensors and plain values"
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

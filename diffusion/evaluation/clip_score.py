@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.checkpoints.download import file_sha256
-from diffusion.errors import CheckpointError, DataError
+from diffusion.errors import CheckpointError, DataError, first_line
 from diffusion.evaluation.fidelity import picture_batches, shared_entries
 from diffusion.inference.recipe import library_versions, read_recipe
 
@@ -116,8 +116,7 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> tuple[A
         )
         model, loading = loaded
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{found}: the CLIP model cannot be loaded ({reason})") from error
+        raise CheckpointError(f"{found}: the CLIP model cannot be loaded ({first_line(error)})") from error
     if loading["missing_keys"]:
         # transformers would go on with random weights in their place.
         missing = sorted(loading["missing_keys"])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.checkpoints.download import file_sha256
-from diffusion.errors import CheckpointError, ConfigError, DataError
+from diffusion.errors import CheckpointError, ConfigError, DataError, first_line
 from diffusion.images import IMAGE_SUFFIXES, decode_image, resize_and_crop
 from diffusion.inference.recipe import library_versions, read_recipe
 
@@ -115,8 +115,9 @@ def load_inception(weights: Path, device: str | torch.device = "cpu") -> nn.Modu
             "inception-v3-compat", [_FEATURES], feature_extractor_weights_path=io.BytesIO(data)
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{weights}: not the weights of torch-fidelity's InceptionV3 ({reason})") from error
+        raise CheckpointError(
+            f"{weights}: not the weights of torch-fidelity's InceptionV3 ({first_line(error)})"
+        ) from error
     return network.to(device)
 
 

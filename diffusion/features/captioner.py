@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.checkpoints.hub import hub_folder, parse_hub_id
-from diffusion.errors import CheckpointError, ConfigError
+from diffusion.errors import CheckpointError, ConfigError, first_line
 
 
 class Captioner:
@@ -69,10 +69,9 @@ class Captioner:
             )
             model, loading = loaded
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"--model-path {place}: no image-text model of transformers ({reason}); give the folder or hub id of "
-                "one, such as llava-hf/llava-1.5-7b-hf"
+                f"--model-path {place}: no image-text model of transformers ({first_line(error)}); give the folder or "
+                "hub id of one, such as llava-hf/llava-1.5-7b-hf"
             ) from error
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])

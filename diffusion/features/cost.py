@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from diffusion.devices import matmul_rate
 from diffusion.features.extract import Encoders, compute_dtype
 from diffusion.features.rows import DTYPES
 from diffusion.features.sources import Sample
 from diffusion.features.stages import Block, ExtractionSettings, encode_blocks
+from diffusion.images import vae_factor
 
 _SHARE = 0.4  # of the rate of square matrix products that the encoders reach, roughly, on cards and CPUs
 
@@ -23,7 +25,7 @@ def feature_bytes(
     """Bytes of a store of `pictures` of `area` px each and `captions` of `tokens` each."""
     text, vae = encoders.configs()
     width = DTYPES[settings.dtype].itemsize
-    latents = 2 * vae["latent_channels"] * area / _factor(vae) ** 2 * width
+    latents = 2 * vae["latent_channels"] * area / vae_factor(vae) ** 2 * width
     return round(pictures * latents + captions * tokens * text["d_model"] * width)
 
 
@@ -43,7 +45,8 @@ def encoding_seconds(
     """
     text, vae = encoders.configs()
     work = captions * tokens * _text_flops_per_token(text) + pictures * _vae_flops(vae, area)
-    return work / (_SHARE * _matrix_rate(device, compute_dtype(device, settings)))
+    side = 8192 if device.type == "cuda" else 1024
+    return work / (_SHARE * matmul_rate(device, side, compute_dtype(device, settings)))
 
 
 def measured_seconds(
@@ -59,10 +62,6 @@ def measured_seconds(
     return seconds * count / len(samples)
 
 
-def _factor(vae: dict[str, Any]) -> int:
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
-
-
 def _text_flops_per_token(text: dict[str, Any]) -> float:
     """Of T5's encoder: projections and feed-forward; attention itself adds a few percent at caption lengths."""
     inner = text["num_heads"] * text["d_kv"]
@@ -76,20 +75,8 @@ def _vae_flops(vae: dict[str, Any], area: float) -> float:
     from diffusers import AutoencoderKL
     from torch.utils.flop_counter import FlopCounterMode
 
-    factor = _factor(vae)
+    factor = vae_factor(vae)
     side = max(1, round(math.sqrt(area) / factor)) * factor
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         AutoencoderKL.from_config(vae).encode(torch.zeros(1, 3, side, side))
     return float(counter.get_total_flops()) * area / side**2
-
-
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of three."""
-    side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best

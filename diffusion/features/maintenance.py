@@ -16,6 +16,7 @@ from diffusion.features.manifest import (
     REJECTED,
     check_fingerprint,
     read_manifest,
+    read_rejections,
     write_manifest,
 )
 from diffusion.features.rows import FeatureRow, upgrade
@@ -44,7 +45,7 @@ def summarize(store: FeatureStore) -> StoreSummary:
         bytes=sum(shard["bytes"] for shard in store.manifest["shards"]),
         buckets=dict(Counter(store.buckets())),
         format_version=store.manifest["format_version"],
-        rejected=len(rejected.read_text(encoding="utf-8").splitlines()) if rejected.is_file() else 0,
+        rejected=len(read_rejections(rejected)),
     )
 
 

@@ -57,6 +57,12 @@ def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
     write_atomically(root / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
+def read_rejections(path: Path) -> list[dict[str, Any]]:
+    """The pictures that a `REJECTED` file lists, `Rejected` as objects; none where there is no file."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def _is_shard(shard: Any) -> bool:
     right = isinstance(shard, dict) and all(isinstance(shard.get(name), kind) for name, kind in _SHARD.items())
     # A name is a file of the store's folder, never a path elsewhere.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion.devices import choose_device
-from diffusion.errors import ConfigError, PixArtError
+from diffusion.errors import ConfigError, PixArtError, first_line
 from diffusion.features.conditions import load_detector
 from diffusion.features.manifest import REMEDY
 from diffusion.features.stages import Block, ExtractionSettings, ahead, decode_sample, encode_block
@@ -51,8 +51,9 @@ class RayEngine:
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ConfigError(f"--engine ray: no cluster ({reason}); check RAY_ADDRESS, or unset it") from error
+                raise ConfigError(
+                    f"--engine ray: no cluster ({first_line(error)}); check RAY_ADDRESS, or unset it"
+                ) from error
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
         if device.startswith("cuda") and not self.gpus:
             raise ConfigError(
@@ -132,9 +133,8 @@ class RayEngine:
                     raise inner from error
             if isinstance(error, wrapping.RayTaskError):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"--engine ray: the cluster failed ({reason}); call the same command again to go on"
+                f"--engine ray: the cluster failed ({first_line(error)}); call the same command again to go on"
             ) from error
 
 

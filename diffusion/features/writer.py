@@ -31,6 +31,7 @@ from diffusion.features.manifest import (
     REMEDY,
     check_fingerprint,
     read_manifest,
+    read_rejections,
     write_manifest,
 )
 from diffusion.features.rows import CONTROL_SCHEMA, DTYPES, SCHEMA, FeatureRow, index_of, schema_with_control, to_batch
@@ -295,9 +296,7 @@ class FeatureStoreWriter:
         return entries
 
     def _read_rejected(self) -> dict[str, Rejected]:
-        path = self.root / REJECTED
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        listed = [json.loads(line) for line in lines if line.strip()]
+        listed = read_rejections(self.root / REJECTED)
         listed += [item for entry in self.entries.values() for item in entry.rejected]
         return {item["key"]: Rejected(**item) for item in listed}
 

@@ -29,7 +29,7 @@ from diffusion.images.edges import canny_edges, detect_edges
 from diffusion.images.grid import labelled_grid
 from diffusion.images.shared_decoding import SharedDecoder
 from diffusion.images.transforms import crop_box_for, resize_and_crop, to_pil, to_tensor, to_unit_range
-from diffusion.images.vae import compile_encoder, decode_latents, encode_moments, load_vae, vae_folder
+from diffusion.images.vae import compile_encoder, decode_latents, encode_moments, load_vae, vae_factor, vae_folder
 
 __all__ = [
     "ASPECT_RATIO_256",
@@ -65,6 +65,7 @@ __all__ = [
     "to_pil",
     "to_tensor",
     "to_unit_range",
+    "vae_factor",
     "vae_folder",
     "with_transposes",
 ]

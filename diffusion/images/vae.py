@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion.errors import CheckpointError
+from diffusion.errors import CheckpointError, first_line
 
 
 def vae_folder(folder: str | Path) -> Path:
@@ -23,6 +23,11 @@ def vae_folder(folder: str | Path) -> Path:
     if not (found / "config.json").is_file():
         raise CheckpointError(f"{found}: no config.json of an AutoencoderKL; give a diffusers pipeline or VAE folder")
     return found
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels that a latent covers along each side, by the config of a VAE."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def load_vae(
@@ -44,8 +49,7 @@ def load_vae(
         cls = ConsistencyDecoderVAE if name == "ConsistencyDecoderVAE" else AutoencoderKL
         vae = cls.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype, variant=variant)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{found}: the VAE cannot be loaded ({reason})") from error
+        raise CheckpointError(f"{found}: the VAE cannot be loaded ({first_line(error)})") from error
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffusion.errors import PromptError, did_you_mean
+from diffusion.images import vae_factor
 from diffusion.inference.offload import StreamingVisitor, WholeVisitor
 from diffusion.text.int8 import Int8Linear, quantize_linears
 
@@ -80,7 +81,7 @@ def expected_peak(plan: MemoryPlan, parts: Any, work: Workload, *, tokens: int, 
     network_bytes, vae_bytes = _num_bytes(network if controlnet is None else controlnet), _num_bytes(vae)
     text = _text_peak(plan, parts.text_encoder, tokens, min(work.num_captions, ENCODE_BATCH))
     channels = vae.config.block_out_channels
-    pixels_per_latent = 4 ** (len(channels) - 1)
+    pixels_per_latent = vae_factor(vae.config) ** 2
     rows = work.pictures * (2 if work.guided else 1)
     image_tokens = work.height * work.width // pixels_per_latent // network.config.patch_size**2
     # Tokens, their norm, q, k, v, the hidden layer of the MLP twice: 12.3 x (rows, N, D) were counted; two more while
@@ -211,7 +212,7 @@ def tile_vae(vae: Any, plan: MemoryPlan) -> None:
         return
     vae.enable_tiling()
     vae.tile_sample_min_size = plan.tile_px
-    vae.tile_latent_min_size = plan.tile_px // 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_latent_min_size = plan.tile_px // vae_factor(vae.config)
 
 
 def _text_peak(plan: MemoryPlan, encoder: Any, tokens: int, captions: int) -> int:

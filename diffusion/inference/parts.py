@@ -16,12 +16,19 @@ from torch import Tensor, nn
 
 from diffusion.checkpoints.recognition import VAE_FACTOR
 from diffusion.errors import CheckpointError, PromptError
-from diffusion.images import load_vae
+from diffusion.images import load_vae, vae_factor
 from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
 from diffusion.inference.fast import FastSampling
-from diffusion.inference.folders import load_scheduler, part_variant, pipeline_folder, require_files, save_pipeline
+from diffusion.inference.folders import (
+    PARTS,
+    load_scheduler,
+    part_variant,
+    pipeline_folder,
+    require_files,
+    save_pipeline,
+)
 from diffusion.inference.fp8 import is_quantized
 from diffusion.inference.lora import LoraAdapters, require_plain
 from diffusion.inference.memory import (
@@ -144,15 +151,15 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         scheduler = load_scheduler(folder, algorithm) if scheduler is None else scheduler
         network, control, source = None, None, folder if transformer is OWN else transformer
         if source is not None:
-            named = isinstance(source, (str, Path))
-            chosen = part_variant(source, "transformer", variant) if isinstance(source, (str, Path)) else None
+            place = source if isinstance(source, (str, Path)) else None
+            chosen = None if place is None else part_variant(place, "transformer", variant)
             network, control = load_networks(
                 source, controlnet, device=device, dtype=torch_dtype, ema=ema, variant=chosen, image_size=image_size
             )
-            if named and torch.device(device).type == "cpu":  # a given network stays as it is
+            if place is not None and torch.device(device).type == "cpu":  # a given network stays as it is
                 use_onednn(network if control is None else control)
             scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
-            _require_one_model(encoder, autoencoder, network, str(source) if named else "the transformer")
+            _require_one_model(encoder, autoencoder, network, str(place or "the transformer"))
         return cls(tokenizer, encoder, autoencoder, network, scheduler, control, detector)
 
     def save_pretrained(  # type: ignore[override]
@@ -161,7 +168,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         """Write a new folder that stock diffusers opens; see `save_pipeline`. A ControlNet stays in its own file."""
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False: pickled weights are not written; leave it out")
-        for name in ("text_encoder", "vae", "transformer"):
+        for name in PARTS:
             if getattr(self, name) is None:
                 raise CheckpointError(f"the pipeline cannot be saved without its {name}; load it again with all parts")
         require_plain(self.transformer, "the pipeline cannot be saved")
@@ -243,7 +250,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         """Pixels a latent covers along each side; without a VAE, those of every published model."""
         if self.vae is None:
             return VAE_FACTOR
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return vae_factor(self.vae.config)
 
     @property
     def default_size(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.devices import choose_device, choose_dtype
-from diffusion.errors import PromptError
+from diffusion.errors import PromptError, first_line
 from diffusion.images import decode_image
 from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
 from diffusion.inference.lora import fuse_into
@@ -177,7 +177,7 @@ def explained_memory(plan: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise PromptError(
             f"the card has too little memory for --memory {plan}; use --memory 4gb, a smaller --bs, or a smaller "
-            f"--image_size ({str(error).splitlines()[0]})"
+            f"--image_size ({first_line(error)})"
         ) from error
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.devices import HostCopy
-from diffusion.errors import CheckpointError
+from diffusion.errors import CheckpointError, first_line
 from diffusion.text.int8 import quantize_linears
 from diffusion.text.packed import encode_packed
 
@@ -88,7 +88,7 @@ class CaptionEncoder:
                 )
             model, loading = loaded
         except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             if isinstance(error, UnpicklingError):  # torch's own words advise to run it
                 reason = "its weights are a pickle of more than tensors, which is not opened"
             raise CheckpointError(f"{encoder_folder}: the T5 text encoder cannot be loaded ({reason})") from error
@@ -246,8 +246,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(found), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{found}: the T5 tokenizer cannot be loaded ({reason})") from error
+        raise CheckpointError(f"{found}: the T5 tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def text_folders(folder: str | Path) -> tuple[Path, Path]:

@@ -46,16 +46,16 @@ def _base_model(source: str | None) -> tuple[str | None, str | None]:
     """Name and licence of the model that training started from, as its own card says."""
     if source is None:
         return None, None
-    hub_id = parse_hub_id(source)
+    hub_id, path = parse_hub_id(source), Path(source)
+    of_checkpoint = _CHECKPOINT.match(path.name) is not None  # RUN/checkpoints/checkpoint-N; the run has the card
+    folder = path.parents[1] if of_checkpoint else path
     try:
-        of_run = Path(source).parents[1] / CARD if _CHECKPOINT.match(Path(source).name) else Path(source) / CARD
-        card = hub_file(hub_id[0], CARD) if hub_id is not None else of_run
+        card = hub_file(hub_id[0], CARD) if hub_id is not None else folder / CARD
         text = card.read_text(encoding="utf-8")
     except (PixArtError, OSError):
         text = ""
     found = _LICENCE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
-    path = Path(source)
-    local = f"{path.parent.parent.name}/{path.name}" if _CHECKPOINT.match(path.name) else path.name
+    local = f"{folder.name}/{path.name}" if of_checkpoint else path.name
     return (hub_id[0] if hub_id is not None else local), found[1] if found else None
 
 

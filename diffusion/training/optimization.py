@@ -144,9 +144,9 @@ def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
             return (step + 1) / warmup
         if config.lr_schedule == "constant":
             return 1.0
-        end, floor = (total_steps, 0.0) if config.lr_schedule == "cosine" else (round(total_steps * 0.667), 0.1)
         if config.lr_schedule == "linear":
             return max(0.0, (total_steps - step) / max(total_steps - warmup, 1))
+        end, floor = (total_steps, 0.0) if config.lr_schedule == "cosine" else (round(total_steps * 0.667), 0.1)
         progress = min((step - warmup) / max(end - warmup, 1), 1.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

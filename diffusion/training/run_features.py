@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from diffusion.features import ExtractionSettings, extract_folder
 from diffusion.features.extract import MAX_REJECTED_SHARE
-from diffusion.features.manifest import REJECTED
+from diffusion.features.manifest import REJECTED, read_rejections
 from diffusion.features.sources import Source
 from diffusion.features.sources.mirror import mirrored
 from diffusion.ranks import Ranks
@@ -51,8 +50,8 @@ def extract_for_run(
             "%s: %d pictures, %d of them new, %d rejected", work_dir / folder,
             counts["pictures"], counts["new"], counts["rejected"],
         )  # fmt: skip
-        for reason in rejections(work_dir / folder)[:_NAMED]:
-            LOGGER.warning("not used: %s", reason)
+        for item in read_rejections(work_dir / folder / REJECTED)[:_NAMED]:
+            LOGGER.warning("not used: %s", item["reason"])
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -61,13 +60,6 @@ def extract_for_run(
     if not flips:
         return {"root": root}
     return {"root": root, "mix": {root: 0.5, str((work_dir / f"{name}-mirrored").resolve()): 0.5}}
-
-
-def rejections(store: Path) -> list[str]:
-    """Why pictures are not in a store."""
-    path = store / REJECTED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line)["reason"] for line in lines]
 
 
 def with_caption(source: Source, caption: str) -> Source:

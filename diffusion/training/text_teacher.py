@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.errors import CheckpointError, DataError
+from diffusion.errors import CheckpointError, DataError, first_line
 
 _TENSORS = ("text_bytes", "embeddings", "embedding_scale", "pairs", "held_out")
 
@@ -61,8 +61,9 @@ def embed_texts(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder} holds no sentence encoder ({reason}); pass the folder of MiniLM") from error
+        raise CheckpointError(
+            f"{folder} holds no sentence encoder ({first_line(error)}); pass the folder of MiniLM"
+        ) from error
     model = model.to(device).eval()
     batch_size = batch_size or (128 if device == "cpu" else 1024)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
