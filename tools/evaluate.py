@@ -42,7 +42,7 @@ def build_parser() -> ArgumentParser:
     add("--limit", type=int, help="evenly spaced captions a split; all when absent")
     add = retrieval.add_argument_group("sampling").add_argument
     add("--steps", type=int, nargs="+", default=[20], help="solver steps; several give a row each")
-    add("--guidance", type=float, nargs="+", default=[4.5], help="guidance scales; several give a row each")
+    add("--guidance", type=float, nargs="+", help="guidance scales; several give a row each; the model's when absent")
     add(
         "--solver", nargs="+", default=["dpm-solver"],
         help="dpm-solver, sa-solver, iddpm, ddim, deis, lcm; several give a row each",
@@ -97,9 +97,10 @@ def retrieval(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.model, args.pipeline_load_from, algorithm=solvers[0], ema=args.ema, device=device)
     pipeline.set_progress_bar_config(disable=True)
     gallery = load_gallery(args.data)
+    scales = args.guidance or [pipeline.usual_guidance]
     settings = [
         DrawingSettings(steps, scale, args.seed, args.bs, solver if len(solvers) > 1 else None)
-        for solver, steps, scale in itertools.product(solvers, args.steps, args.guidance)
+        for solver, steps, scale in itertools.product(solvers, args.steps, scales)
     ]
     outcomes = evaluate_captions(pipeline, gallery, args.split, args.caption, settings, limit=args.limit)
     if prompts:

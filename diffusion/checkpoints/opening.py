@@ -251,7 +251,7 @@ def read_weights(
     if path.is_dir():
         folder = find_transformer_folder(path, ema=ema, variant=variant)
         tensors = read_tensors(weight_files(folder, variant)[0])
-        described = _read_json(folder / "config.json")
+        described = read_json(folder / "config.json")
         if described.get("_class_name") == DIT_CLASS:
             dit = dit_from_fields(described, str(folder))
         else:
@@ -337,9 +337,9 @@ def _pipeline_around(folder: Path) -> dict[str, Any]:
     root = folder.parent if folder.name.startswith("transformer") else folder
     found: dict[str, Any] = {}
     if (root / "model_index.json").is_file():
-        found |= {"_class_name": _read_json(root / "model_index.json").get("_class_name")}
+        found |= {"_class_name": read_json(root / "model_index.json").get("_class_name")}
     if (root / "scheduler" / "scheduler_config.json").is_file():
-        found |= {"scheduler": _read_json(root / "scheduler" / "scheduler_config.json")}
+        found |= {"scheduler": read_json(root / "scheduler" / "scheduler_config.json")}
     return found
 
 
@@ -367,7 +367,8 @@ def _with_metadata(config: PixArtConfig | None, tensors: Mapping[str, Tensor]) -
     return stored if config is None else replace(config, model_max_length=stored.model_max_length)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises CheckpointError: unreadable, or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -81,7 +81,7 @@ def interface_controlnet_parser(description: str | None) -> ArgumentParser:
     add = parser.add_argument
     add("--llm_model", default="t5", choices=("t5",), help="text encoder (%(default)s)")
     add("--num_sampling_steps", type=int, default=14, help="at first (%(default)s)")
-    add("--cfg_scale", type=float, default=4.5, help="at first (%(default)s)")
+    add("--cfg_scale", type=float, help="guidance at first; the model's own when absent (official: 4.5)")
     add("--sampling_algo", default="dpm-solver", help="at first (%(default)s)")
     add("--condition_strength", type=float, default=1.0, help="at first (%(default)s)")
     return parser

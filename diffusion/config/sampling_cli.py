@@ -35,7 +35,11 @@ def sampling_parser(description: str | None, *, lcm: bool = False) -> ArgumentPa
             help="dpm-solver, sa-solver, iddpm (ddpm), ddim, deis, lcm or flow-euler",
         )
         add("--step", type=int, default=-1, help="solver steps; -1 = the solver's usual number")
-        add("--cfg_scale", type=float, help="guidance, <= 1 is off; when absent 4.5, and 1 for lcm")
+        add(
+            "--cfg_scale",
+            type=float,
+            help="guidance, <= 1 is off; when absent the model's own (official: 4.5), and 1 for lcm",
+        )
     add("--guidance_channels", type=int, help="latent channels that guidance acts on; all when absent, 3 = original")
     add("--null_caption", help="t5_empty, or stored; when absent stored for native official files, else t5_empty")
     add("--seed", type=int, default=0, help="of the first picture; picture k of all has seed + k")

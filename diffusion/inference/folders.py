@@ -14,6 +14,7 @@ import torch
 
 from diffusion.checkpoints import new_folder, save_transformer
 from diffusion.checkpoints.hub import cached_file, hub_file, hub_folder, parse_hub_id
+from diffusion.checkpoints.opening import read_json
 from diffusion.checkpoints.published import find_published
 from diffusion.errors import CheckpointError
 from diffusion.inference.solvers import make_scheduler, stock_scheduler
@@ -21,6 +22,7 @@ from diffusion.inference.solvers import make_scheduler, stock_scheduler
 if TYPE_CHECKING:
     from diffusion.inference.parts import PipelineParts
 
+GUIDANCE_SCALE = 4.5  # of the paper's models
 PARTS = ("text_encoder", "transformer", "vae")  # those with weights
 _PIPELINE_FILES = ("*.json", "*.model", "*model.safetensors", "*model-0*.safetensors")
 _MODEL_INDEX = {
@@ -121,6 +123,23 @@ def _has_weights(part: Path) -> bool:
     return any(part.glob("*model.safetensors"))
 
 
+def usual_guidance(folder: str | Path) -> float:
+    """The guidance scale that a model is best drawn with, from `_guidance_scale` of its model_index.json; else 4.5.
+
+    Names with an underscore are passed over by stock diffusers.
+
+    Raises:
+        CheckpointError: it is no number >= 0, or the file no JSON.
+    """
+    path = Path(folder) / "model_index.json"
+    if not path.is_file():
+        return GUIDANCE_SCALE
+    value = read_json(path).get("_guidance_scale", GUIDANCE_SCALE)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise CheckpointError(f"{path}: _guidance_scale {value!r} must be a number >= 0; correct it or take it out")
+    return float(value)
+
+
 def load_scheduler(folder: str | Path, algorithm: str | None = None) -> Any:
     """The scheduler that a pipeline folder names, or another algorithm on the folder's noise process.
 
@@ -175,5 +194,7 @@ def _write_parts(pipeline: PipelineParts, folder: Path, dtype: torch.dtype | Non
     save_transformer(network, folder / "transformer", dtype=dtype, stored_null_caption=has_stored_null)
     scheduler = stock_scheduler(pipeline.scheduler)
     scheduler.save_pretrained(str(folder / "scheduler"))
-    index = {**_MODEL_INDEX, "scheduler": ["diffusers", type(scheduler).__name__]}
+    index: dict[str, Any] = {**_MODEL_INDEX, "scheduler": ["diffusers", type(scheduler).__name__]}
+    if pipeline.usual_guidance != GUIDANCE_SCALE:
+        index["_guidance_scale"] = pipeline.usual_guidance
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,12 +22,14 @@ from diffusion.inference.control import load_edge_detector, load_networks
 from diffusion.inference.denoising import require_finite
 from diffusion.inference.fast import FastSampling
 from diffusion.inference.folders import (
+    GUIDANCE_SCALE,
     PARTS,
     load_scheduler,
     part_variant,
     pipeline_folder,
     require_files,
     save_pipeline,
+    usual_guidance,
 )
 from diffusion.inference.fp8 import is_quantized
 from diffusion.inference.lora import LoraAdapters, require_plain
@@ -60,6 +62,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
 
     `null_caption` and `clean_captions` are what calls do that do not say: "t5_empty" and False, the conventions of
     diffusers folders and of models trained here; "stored" and True are those of native official files.
+    `usual_guidance` is their guidance_scale, as the folder names it (`folders.usual_guidance`) or 4.5.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -73,6 +76,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
     edge_detector: HED | None
     null_caption = "t5_empty"
     clean_captions = False
+    usual_guidance = GUIDANCE_SCALE
     fused_loras: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()  # of which recipes speak
     _residency: Residency | None = None
 
@@ -160,7 +164,9 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
                 use_onednn(network if control is None else control)
             scheduler = fitting_scheduler(scheduler, network.config.prediction_type, network.config.flow_shift)
             _require_one_model(encoder, autoencoder, network, str(place or "the transformer"))
-        return cls(tokenizer, encoder, autoencoder, network, scheduler, control, detector)
+        pipeline = cls(tokenizer, encoder, autoencoder, network, scheduler, control, detector)
+        pipeline.usual_guidance = usual_guidance(folder)
+        return pipeline
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | Path, dtype: torch.dtype | None = None, *, safe_serialization: bool = True

@@ -84,7 +84,7 @@ class PixArtPipeline(PipelineParts):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -116,7 +116,7 @@ class PixArtPipeline(PipelineParts):
             prompt: one or P texts; or prompt_embeds (P, L, C) with prompt_attention_mask (P, L).
             negative_prompt: what guidance leads away from, in place of the null caption; one, or one a prompt. Or
                 negative_prompt_embeds (1 or P, L, C) with negative_prompt_attention_mask.
-            guidance_scale: classifier-free guidance; <= 1 = none, one pass a step.
+            guidance_scale: classifier-free guidance; <= 1 = none, one pass a step; None = the model's usual one.
             guidance_channels: latent channels it acts on; None = all, 3 = as the original's IDDPM sampler.
             height, width: px, multiples of 16; None = the model's training size.
             use_resolution_binning: draw the trained size that is nearest in ratio, then scale and cut to
@@ -242,6 +242,7 @@ class PixArtPipeline(PipelineParts):
             caption_channels=config.caption_channels,
             null_caption=self.null_caption,
             clean_caption=self.clean_captions,
+            guidance_scale=self.usual_guidance,
             has_controlnet=self.controlnet is not None,
         )
 

@@ -41,11 +41,12 @@ def draw(args: argparse.Namespace) -> None:
     lcm = hasattr(args, "sample_steps")
     algorithm = "lcm" if lcm else algorithm_name(args.sampling_algo)
     steps = args.sample_steps if lcm else DEFAULT_STEPS[algorithm] if args.step == -1 else args.step
-    scale = args.cfg_scale if args.cfg_scale is not None else (1.0 if algorithm == "lcm" else 4.5)
     prompts = args.prompt or read_prompts(args.txt_file)
-    settings = {"num_inference_steps": steps, "guidance_scale": scale, **picture_settings(args)}
+    settings = {"num_inference_steps": steps, **picture_settings(args)}
     prompts, settings["negative_prompt"] = styled(args, prompts)
     pipeline = loaded(args, algorithm)
+    usual = 1.0 if algorithm == "lcm" else pipeline.usual_guidance
+    scale = settings["guidance_scale"] = usual if args.cfg_scale is None else args.cfg_scale
     pipeline.recipes(prompts[:1], seed=[0], **settings)  # refuses wrong settings before anything moves
     speed_up(pipeline, args)
     if ranks is not None:  # one plan for all: int8 and tiles change the numbers that processes share

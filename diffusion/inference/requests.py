@@ -23,7 +23,7 @@ class ModelFacts:
 
     Args:
         default_size: side of a picture when none is given. size_multiple: px that a token covers.
-        has_controlnet: whether it can follow a control_image.
+        guidance_scale: when none is given. has_controlnet: whether it can follow a control_image.
     """
 
     default_size: int
@@ -32,6 +32,7 @@ class ModelFacts:
     caption_channels: int
     null_caption: str
     clean_caption: bool
+    guidance_scale: float
     has_controlnet: bool
 
 
@@ -42,7 +43,7 @@ class SamplingRequest:
     Args:
         prompt: one or P texts; or prompt_embeds (P, L, C) with its mask (P, L).
         negative_prompt: None, one, or P texts; or embeds (1 or P, L, C) with its mask.
-        height, width, null_caption, clean_caption: None = the model's.
+        guidance_scale, height, width, null_caption, clean_caption: None = the model's.
         others: see `PixArtPipeline.__call__`.
     Raises:
         PromptError: names the argument, its value and the rule.
@@ -56,7 +57,7 @@ class SamplingRequest:
     negative_prompt_embeds: Tensor | None
     negative_prompt_attention_mask: Tensor | None
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: Any
     guidance_channels: int | None
     height: Any
     width: Any
@@ -76,6 +77,7 @@ class SamplingRequest:
             self._fill(name, self.model.default_size)
         self._fill("null_caption", "t5_empty" if self._has_negative() else self.model.null_caption)
         self._fill("clean_caption", self.model.clean_caption)
+        self._fill("guidance_scale", self.model.guidance_scale)
         self._check_sizes()
         self._check_numbers()
         self._check_captions()

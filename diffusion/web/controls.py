@@ -28,9 +28,9 @@ SOLVERS = {
 RATIOS = {"1:1": (1, 1), "4:3": (3, 4), "3:2": (2, 3), "16:9": (9, 16), "3:4": (4, 3), "2:3": (3, 2), "9:16": (16, 9)}
 NO_LORA = "(none)"
 STAY = ("image", "mask", "painted", "control_image")  # pictures, which no recipe holds
-# Steps and guidance of the original's demos, where they had the solver.
-USUAL = {name: (steps, 4.5) for name, steps in DEFAULT_STEPS.items()} | {
-    "dpm-solver": (14, 4.5),
+# Steps and guidance (None = the model's usual one) of the original's demos, where they had the solver.
+USUAL: dict[str, tuple[int, float | None]] = {name: (steps, None) for name, steps in DEFAULT_STEPS.items()} | {
+    "dpm-solver": (14, None),
     "sa-solver": (25, 3.0),
     "lcm": (4, 1.0),
 }
@@ -146,11 +146,17 @@ def add_beginning(variant: Variant, *, has_controlnet: bool) -> dict[str, Any]:
     }
 
 
-def add_numbers(variant: Variant, limits: Limits, size: int, size_for: Any, loras: list[str]) -> dict[str, Any]:
+def add_numbers(
+    variant: Variant, limits: Limits, size: int, size_for: Any, loras: list[str], usual_guidance: float
+) -> dict[str, Any]:
     """Size, solver, steps, guidance, seed, number of pictures, LoRA.
 
-    size_for: (height, width) in px of the model's trained size nearest to a ratio.
+    size_for: (height, width) in px of the model's trained size nearest to a ratio. usual_guidance: the model's.
     """
+
+    def usual(scale: float | None) -> float:
+        return usual_guidance if scale is None else scale
+
     with gr.Row():
         pictures = gr.Slider(
             1, limits.max_pictures, value=variant.pictures, step=1, label="Pictures", elem_id="pictures"
@@ -166,7 +172,7 @@ def add_numbers(variant: Variant, limits: Limits, size: int, size_for: Any, lora
     with gr.Row():
         steps = gr.Slider(1, limits.max_steps, value=variant.steps, step=1, label="Steps", elem_id="steps")
         guidance = gr.Slider(
-            1, limits.max_guidance, value=variant.guidance_scale, step=0.1, label="Guidance", elem_id="guidance"
+            1, limits.max_guidance, value=usual(variant.guidance_scale), step=0.1, label="Guidance", elem_id="guidance"
         )
     with gr.Row(visible=bool(loras)):
         lora = gr.Dropdown([NO_LORA, *loras], value=NO_LORA, label="LoRA", elem_id="lora")
@@ -178,7 +184,7 @@ def add_numbers(variant: Variant, limits: Limits, size: int, size_for: Any, lora
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     ratio.input(resize, ratio, [width, height], **quiet)
-    solver.input(lambda chosen: USUAL[chosen], solver, [steps, guidance], **quiet)
+    solver.input(lambda chosen: (USUAL[chosen][0], usual(USUAL[chosen][1])), solver, [steps, guidance], **quiet)
     return {
         "pictures": pictures,
         "width": width,

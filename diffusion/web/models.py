@@ -31,6 +31,7 @@ ROOT = Path("output/pretrained_models")
 class Variant:
     """One page: its title, the official models it is for (the first that is there), and where its controls begin.
 
+    guidance_scale: None = the model's usual one.
     controlnets: official ControlNet files; a page that has some offers edges.
     """
 
@@ -38,7 +39,7 @@ class Variant:
     models: tuple[str, ...]
     solver: str = "dpm-solver"
     steps: int = 14
-    guidance_scale: float = 4.5
+    guidance_scale: float | None = None
     pictures: int = 1
     control_strength: float = 1.0
     controlnets: tuple[str, ...] = ()
@@ -89,7 +90,7 @@ def choose(args: argparse.Namespace, variant: Variant, *, fetch: bool = False) -
         return _with_control(Chosen(cached, options), args, variant, fetch), variant
     command = f"`python tools/download.py --model_names {variant.models[0]}`"
     notice = f"{problem}This is the small bundled model, which knows emoji. For the official one: {command}"
-    beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=4.5)  # the bundled one is not distilled
+    beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=None)  # the bundled one is not distilled
     return _with_control(Chosen(BUNDLED, options, notice), args, beginning, fetch=False), beginning
 
 

@@ -88,7 +88,8 @@ def build_page(engine: Engine, variant: Variant, notice: str, examples: list[Exa
                     stop = gr.Button("Stop", variant="stop", elem_id="stop-button", scale=1)
                 parts |= add_beginning(variant, has_controlnet=has_controlnet)
                 with gr.Accordion("Size, solver and seed", open=True):
-                    parts |= add_numbers(variant, limits, size, size_for, engine.artist.loras.names())
+                    loras = engine.artist.loras.names()
+                    parts |= add_numbers(variant, limits, size, size_for, loras, pipeline.usual_guidance)
             with gr.Column(scale=6, min_width=320):
                 results = _add_results()
         edges = parts.pop("edges")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,27 @@ def test_parts_of_different_models_are_refused(pipeline_folder: Path) -> None:
     bundled = Path(__file__).parents[2] / "output/pretrained_models/emoji-256"
     with pytest.raises(CheckpointError, match="captions of width 256, the T5 of .* gives .*--pipeline_load_from"):
         load_quietly(pipeline_folder, transformer=bundled)
+
+
+def test_a_folder_names_its_usual_guidance(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    load_quietly(pipeline_folder).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+
+    def scale_of(pipe: PixArtPipeline, **arguments: Any) -> float:
+        return float(pipe.recipes(["a cat"], seed=[0], **arguments)[0]["guidance_scale"])
+
+    assert scale_of(load_quietly(folder)) == 4.5
+    (folder / "model_index.json").write_text(json.dumps(index | {"_guidance_scale": 2.5}))
+    pipe = load_quietly(folder)
+    assert scale_of(pipe) == 2.5 and scale_of(pipe, guidance_scale=6.0) == 6.0
+    usual, given = (pipe("a cat", **ARGUMENTS, **scale).images for scale in ({}, {"guidance_scale": 2.5}))
+    assert torch.equal(usual, given)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert load_quietly(tmp_path / "saved").usual_guidance == 2.5
+    PixArtAlphaPipeline.from_pretrained(tmp_path / "saved")  # stock diffusers passes over it
+    assert scale_of(load_quietly(folder, transformer=pipe.transformer)) == 2.5  # a network trained on
+    for wrong in (-1, "3", True, None):
+        (folder / "model_index.json").write_text(json.dumps(index | {"_guidance_scale": wrong}))
+        with pytest.raises(CheckpointError, match=r"model_index\.json: _guidance_scale .* must be a number >= 0"):
+            load_quietly(folder)
