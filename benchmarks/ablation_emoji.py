@@ -1,4 +1,4 @@
-"""Which choices make the emoji model better: equal GPU time an arm, validation loss and retrieval of each.
+"""Which choices make the emoji model better: equal time (or steps) an arm, validation loss and retrieval of each.
 
     python tools/add_captions.py data/emoji --output build/emoji-captions --captions 16
     python tools/extract_features.py build/emoji-captions --out output/features/emoji-captions
@@ -104,7 +104,8 @@ def main() -> None:
         own = any(option.startswith(CHANGES_SPEED) for option in ARMS[name])
         steps = args.steps or (steps_in(args, args.seconds, ARMS[name]) if own else common)
         rows[name] = measure(args, name, steps, posthoc=args.posthoc and name == "base")
-        figures = {"benchmark": f"{CONFIG}, equal time an arm", "seconds": args.seconds, "arms": rows}
+        size = f"{args.steps} steps" if args.steps else f"{args.seconds:g} s of training"
+        figures = {"benchmark": f"{CONFIG}, {size} an arm", "arms": rows}
         write_report(args.output, figures)
 
 
