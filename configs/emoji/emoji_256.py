@@ -1,13 +1,13 @@
 # Purpose: train the emoji model from scratch; the runs behind the bundled one are listed in its training.json.
 # Data: output/features/emoji-256, split 'train', every concept drawn equally often.
-# Batch: 512 per process x 1 process x 1 accumulation = 512 a step; 6,200 steps = 3.2 million samples.
+# Batch: 512 per process x 1 process x 1 accumulation = 512 a step; 5,600 steps = 2.9 million samples.
 # Hardware: one CUDA GPU with bf16 and a compiler for torch.compile. On N processes set train_batch_size=512/N.
-# Expect on one H100: 7,150 images/s, 8 minutes, training loss 0.092.
+# Expect on one H100: 6,100 to 7,200 images/s, 8 to 9 minutes, training loss 0.086.
 _base_ = ["emoji_base.py"]
 num_workers = 4
 train_batch_size = 512
 num_epochs = 100000  # max_steps ends the run
-max_steps = 6200
+max_steps = 5600
 mixed_precision = "bf16"
 compile = True
 kernels = dict(attention="auto", text="packed", bf16_stream=True)

@@ -12,7 +12,7 @@ caption_channels = 256
 class_dropout_prob = 0.1
 null_caption = "t5_empty"  # guides correctly in stock diffusers pipelines too
 pipeline_load_from = "output/pretrained_models/emoji-256"  # tokenizer, T5 and VAE of the validation pictures
-scale_factor = 0.2668748370943746  # scaling_factor in <pipeline_load_from>/vae/config.json
+scale_factor = 0.2276993837771202  # scaling_factor in <pipeline_load_from>/vae/config.json
 
 process = dict(
     noise_schedule="linear",
@@ -43,6 +43,6 @@ validation = dict(
         "woman firefighter: medium skin tone",
     ],
     num_inference_steps=20,
-    guidance_scale=4.5,
+    guidance_scale=3.0,
     seed=0,
 )

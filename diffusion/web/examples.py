@@ -75,7 +75,7 @@ def examples_of(artist: Artist, folder: Path, *, draw: bool) -> list[Example]:
 
 def emoji_requests() -> list[Asked]:
     """What the shipped pictures were drawn from."""
-    return [Asked(prompt, seed=seed, steps=20) for prompt, seed in _EMOJI]
+    return [Asked(prompt, seed=seed, steps=20, guidance_scale=3.0) for prompt, seed in _EMOJI]
 
 
 def draw_example(artist: Artist, asked: Asked, path: Path, side_px: int = 256) -> None:
