@@ -63,12 +63,11 @@ def as_diffusers(network: Any) -> Any:
 
     from diffusion.checkpoints import config_to_diffusers, native_to_diffusers
 
-    fields = {key: value for key, value in config_to_diffusers(network.config).items() if not key.startswith("_")}
     with torch.device("meta"):
-        twin = PixArtTransformer2DModel(**fields)
+        twin = PixArtTransformer2DModel.from_config(config_to_diffusers(network.config))  # passes over our own fields
     state = native_to_diffusers({key: tensor.detach() for key, tensor in network.state_dict().items()})
     twin.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, strict=False, assign=True)
-    twin.pos_embed.pos_embed = network.pos_embed.detach().to(network.dtype).clone()  # a buffer that no file holds
+    twin.pos_embed.pos_embed = network.position_embedding()  # a buffer that no file holds
     left = [name for name, tensor in [*twin.named_parameters(), *twin.named_buffers()] if tensor.is_meta]
     assert not left, f"weights that diffusers has and PixArt has not: {left}"
     return twin.eval()

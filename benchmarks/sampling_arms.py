@@ -146,7 +146,7 @@ class OurSampling(SamplingArm):
             transformer, vae = transformer.bfloat16(), vae.bfloat16()
         elif self.name != "ours-eager":
             use_onednn(transformer)
-        scheduler = make_scheduler(self.task.algorithm)
+        scheduler = make_scheduler(self.task.algorithm, prediction_type=parts.transformer.config.prediction_type)
         pipeline = PixArtPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         make_fast(pipeline, self.name)
         return pipeline
@@ -199,7 +199,7 @@ class DiffusersSampling(SamplingArm):
         from diffusers import PixArtAlphaPipeline
 
         parts = self.parts
-        scheduler = make_scheduler(self.task.algorithm)
+        scheduler = make_scheduler(self.task.algorithm, prediction_type=self.parts.transformer.config.prediction_type)
         transformer, vae = as_diffusers(parts.transformer), copy.deepcopy(parts.vae)
         pipeline = PixArtAlphaPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         pipeline.to(parts.device)
