@@ -75,6 +75,10 @@ class Parts:
     def device(self) -> torch.device:
         return self.text_encoder.device  # type: ignore[no-any-return]
 
+    def scheduler(self, algorithm: str) -> Any:
+        """A fresh solver for what the transformer predicts."""
+        return make_scheduler(algorithm, prediction_type=self.transformer.config.prediction_type)
+
 
 def work(parts: Parts, task: Task, tokens: int) -> int:
     """FLOPs of a picture: solver steps with guidance, one caption through T5, the decoder."""
@@ -146,7 +150,7 @@ class OurSampling(SamplingArm):
             transformer, vae = transformer.bfloat16(), vae.bfloat16()
         elif self.name != "ours-eager":
             use_onednn(transformer)
-        scheduler = make_scheduler(self.task.algorithm, prediction_type=parts.transformer.config.prediction_type)
+        scheduler = parts.scheduler(self.task.algorithm)
         pipeline = PixArtPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         make_fast(pipeline, self.name)
         return pipeline
@@ -199,7 +203,7 @@ class DiffusersSampling(SamplingArm):
         from diffusers import PixArtAlphaPipeline
 
         parts = self.parts
-        scheduler = make_scheduler(self.task.algorithm, prediction_type=self.parts.transformer.config.prediction_type)
+        scheduler = parts.scheduler(self.task.algorithm)
         transformer, vae = as_diffusers(parts.transformer), copy.deepcopy(parts.vae)
         pipeline = PixArtAlphaPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         pipeline.to(parts.device)

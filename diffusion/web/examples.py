@@ -63,19 +63,22 @@ def examples_of(artist: Artist, folder: Path, *, draw: bool) -> list[Example]:
     fingerprint = model_fingerprint(artist.pipeline.transformer)
     shipped = json.loads((SHIPPED / "model.json").read_text()) if (SHIPPED / "model.json").is_file() else {}
     if shipped.get("model_fingerprint") == fingerprint:
-        return [Example(asked, _file(SHIPPED, asked)) for asked in emoji_requests()]
+        return [Example(asked, _file(SHIPPED, asked)) for asked in emoji_requests(artist)]
     own = folder / "examples" / fingerprint
-    size = artist.pipeline.default_size
-    requests = [Asked(prompt, seed=seed, width=size, height=size) for prompt, seed in _OFFICIAL]
+    size, guidance = artist.pipeline.default_size, artist.pipeline.usual_guidance
+    requests = [
+        Asked(prompt, seed=seed, width=size, height=size, guidance_scale=guidance) for prompt, seed in _OFFICIAL
+    ]
     for asked in requests:
         if draw and not _file(own, asked).is_file():
             draw_example(artist, asked, _file(own, asked))
     return [Example(asked, found if (found := _file(own, asked)).is_file() else None) for asked in requests]
 
 
-def emoji_requests() -> list[Asked]:
-    """What the shipped pictures were drawn from."""
-    return [Asked(prompt, seed=seed, steps=20, guidance_scale=3.0) for prompt, seed in _EMOJI]
+def emoji_requests(artist: Artist) -> list[Asked]:
+    """What the shipped pictures are drawn from."""
+    guidance = artist.pipeline.usual_guidance
+    return [Asked(prompt, seed=seed, steps=20, guidance_scale=guidance) for prompt, seed in _EMOJI]
 
 
 def draw_example(artist: Artist, asked: Asked, path: Path, side_px: int = 256) -> None:
@@ -105,7 +108,7 @@ def ship_examples(model: str) -> Path:
             output=Path(scratch),
             keep_pictures=1000,
         )
-        for asked in emoji_requests():
+        for asked in emoji_requests(artist):
             draw_example(artist, asked, _file(SHIPPED, asked))
     facts = {"model_fingerprint": model_fingerprint(pipeline.transformer)}
     (SHIPPED / "model.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
