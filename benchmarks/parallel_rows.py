@@ -33,7 +33,9 @@ def launch(part: str, processes: int, folder: str | Path) -> dict[str, Any]:
     """This program again under torchrun, for one part; returns what its main process left."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, *sys.argv, "--part", part, "--folder", str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    # A profiler that stays attached to the driver would slow the rows after the first that is profiled.
+    usual = {"OMP_NUM_THREADS": "1", "TEARDOWN_CUPTI": "1"}
+    subprocess.run(command, check=True, env={**usual, **os.environ})
     figures: dict[str, Any] = json.loads((Path(folder) / f"{part}.json").read_text())
     return figures
 
@@ -57,12 +59,12 @@ def in_this_start(args: argparse.Namespace, work: Callable[[Any], dict[str, Any]
 
 
 def write_stores(args: argparse.Namespace, folder: Path, batches: dict[int, int], processes: int) -> None:
-    """A store for each size, with four global batches of `processes`."""
+    """A store for each size, with a global batch of `processes`."""
     from timed_training import TINY, write_features
 
     for size, batch in batches.items():
         channels = TINY["caption_channels"] if args.tiny else 4096
-        write_features(folder / f"store-{size}", 4 * batch * processes, size, channels)
+        write_features(folder / f"store-{size}", batch * processes, size, channels)
 
 
 def time_row(

@@ -6,50 +6,37 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from parallel_rows import free_memory
 from timing import finish
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-
-from diffusion.inference.graphs import RecordedWork
 
 TOKENS = 60  # of a caption
 STEPS = 20  # of DPM-Solver++, with guidance
-MODES = ("eager", "compiled", "graph")  # a graph is of compiled blocks where these came before
+MODES = ("plain", "fast")  # fast: `enable_fast_sampling`
 
 
 def sampling_rows(args: argparse.Namespace, ranks: Any) -> list[dict[str, Any]]:
-    """A row for every way to share the work and every mode: eager, compiled blocks and VAE, one CUDA graph a pass."""
+    """A row for every way to share the work and every mode."""
     ways = {"guidance apart": 2, "tokens alone shared": 1} if ranks.world_size > 1 else {"alone": 1}
     rows = []
     pipeline = build_pipeline(args, ranks.device)
-    for mode in MODES if ranks.device.type == "cuda" else ("eager", "graph"):
-        if mode not in args.modes:
-            continue
-        if mode == "compiled":
-            pipeline.transformer.compile_blocks()
-            pipeline.vae.decoder.compile()
+    for mode in args.modes:
+        if mode == "fast":
+            pipeline.enable_fast_sampling()
         for way, groups in ways.items():
-            share(pipeline, ranks, groups, graphed=mode == "graph")
+            if ranks.world_size > 1:
+                pipeline.share_work(ranks, row_groups=groups)
             rows.append(
                 {"processes": ranks.world_size, "way": way, "mode": mode, **time_pictures(args, pipeline, ranks)}
             )
             if ranks.is_main:
                 print(json.dumps(rows[-1]), flush=True)
+    pipeline.end_sharing()
     del pipeline
-    free_memory(ranks.device)  # a process group ends only after the graphs that hold its collectives
+    free_memory(ranks.device)
     return rows
-
-
-def share(pipeline: Any, ranks: Any, groups: int, *, graphed: bool) -> None:
-    """Spread the network's passes over the processes, as one CUDA graph each if asked for."""
-    if ranks.world_size > 1:
-        pipeline.share_work(ranks, row_groups=groups)
-    if graphed:
-        pipeline._shared = Graphed(pipeline._shared or pipeline.transformer)
 
 
 def build_pipeline(args: argparse.Namespace, device: Any) -> Any:
@@ -107,31 +94,3 @@ def time_pictures(args: argparse.Namespace, pipeline: Any, ranks: Any) -> dict[s
     if device.type == "cuda":
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return figures
-
-
-class Graphed:
-    """A network whose `predict`, its communication included, is one CUDA graph for every set of shapes: nothing waits
-    for the host."""
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-        self._recorded: dict[Any, RecordedWork] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def predict(self, *arguments: Any, **options: Any) -> Tensor:
-        leaves, structure = tree_flatten((arguments, options))
-        tensors = {str(place): leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key = (structure, *others, *((tensor.shape, tensor.dtype) for tensor in tensors.values()))
-
-        def work(held: Mapping[str, Tensor]) -> Tensor:
-            given = [held.get(str(place), leaf) for place, leaf in enumerate(others)]
-            again, named = tree_unflatten(given, structure)
-            prediction: Tensor = self._network.predict(*again, **named)
-            return prediction
-
-        if key not in self._recorded:
-            self._recorded[key] = RecordedWork(work, tensors)
-        return self._recorded[key](tensors)

@@ -76,16 +76,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if {"training", "saving"} & set(args.sections):
             write_stores(args, Path(folder), batches_of(args), max(args.processes))
-        starts = [launch(f"{count}-processes", count, folder) for count in args.processes]
+        starts: list[dict[str, Any]] = []
+        for count in args.processes:  # what is measured is written at once: a later start may be broken off
+            starts.append(launch(f"{count}-processes", count, folder))
+            write_report(args.output, with_starts(args, figures, starts))
+
+
+def with_starts(args: argparse.Namespace, figures: dict[str, Any], starts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of earlier calls with those of this call's starts so far, with ratios and bars."""
     others = [row for row in figures.get("seconds", []) if row["section"] not in args.sections]
-    figures |= {name: [row for start in starts for row in start[name]] for name in starts[0] if name != "device"}
-    figures["seconds"] = others + figures["seconds"]
-    figures["commands"] = {**figures.get("commands", {}), **dict.fromkeys(args.sections, shlex.join(sys.argv))}
-    figures["device"] = f"{max(args.processes)} x {starts[0]['device']}"
+    names = [name for name in starts[0] if name != "device"]
+    joined = figures | {name: [row for start in starts for row in start[name]] for name in names}
+    joined["seconds"] = others + joined["seconds"]
+    joined["commands"] = {**figures.get("commands", {}), **dict.fromkeys(args.sections, shlex.join(sys.argv))}
+    joined["device"] = f"{max(args.processes)} x {starts[0]['device']}"
     how = "compiled" if args.compile else "eager"
-    figures["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {BATCHES}, {how}"
-    add_ratios(figures)
-    write_report(args.output, figures)
+    joined["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {BATCHES}, {how}"
+    add_ratios(joined)
+    return joined
 
 
 def sections_here(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:

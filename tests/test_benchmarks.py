@@ -253,10 +253,25 @@ def test_scaling(tmp_path: Path) -> None:
     assert all(0 < row["wait_s"] < row["on_disk_after_s"] for row in result["saving"])
     ways = [("alone", 1), ("guidance apart", 2), ("tokens alone shared", 2)]
     assert [(row["mode"], row["way"], row["processes"]) for row in result["sampling"]] == [
-        (mode, *way) for part in (ways[:1], ways[1:]) for mode in ("eager", "graph") for way in part
+        (mode, *way) for part in (ways[:1], ways[1:]) for mode in ("plain", "fast") for way in part
     ]
     assert len({row["rms_of_latents"] for row in result["sampling"]}) == 1
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "tools/scaling_model.py", "--measured", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "From 2 GPUs of one host" in done.stdout, done.stderr
+
+
+def test_commands_for_a_gpu_are_those_of_the_programs() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/on_gpu.py"]
+    done = subprocess.run([*command, "--list"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) > 30
+    for line in lines:
+        program, *options = line.split("python ")[1].split()
+        if program != "-m":
+            text = (ROOT / program).read_text() + (ROOT / "benchmarks/parallel_rows.py").read_text()
+            assert not [option for option in options if option.startswith("--") and f'"{option}"' not in text], line
+    wrong = subprocess.run([*command, "sampling"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown: sampling; the names are tests, ")

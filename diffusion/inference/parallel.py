@@ -28,7 +28,7 @@ class SharedForward:
         network: whole on every process.
         row_groups: divides the number of processes; None = 2, or 1 if that is odd.
     Raises:
-        ConfigError: processes that do not divide into groups, or heads that do not divide by the processes of a group.
+        ConfigError: processes that do not divide into groups.
     """
 
     def __init__(self, network: PixArt | ControlPixArt, ranks: Ranks, *, row_groups: int | None = None) -> None:
@@ -37,12 +37,6 @@ class SharedForward:
         self.sequence, rest = divmod(ranks.world_size, self.row_groups)
         if rest:
             raise ConfigError(f"{ranks.world_size} processes do not make {self.row_groups} groups of one size")
-        heads = network.config.num_heads
-        if heads % self.sequence:
-            raise ConfigError(
-                f"{self.sequence} processes cannot share the {heads} heads of the network; start a number of processes "
-                f"that makes groups of a divisor of {heads}"
-            )
         self._row_group = ranks.rank // self.sequence
         self._sharing: TokenSharing | None = None
         if self.sequence > 1:

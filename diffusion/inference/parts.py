@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -332,6 +333,8 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
             module = getattr(self, part)
             if (hook := getattr(module, "_hf_hook", None)) is not None:  # diffusers' offloading
                 hook.pre_forward(module)  # it waits for `forward`, which solvers do not call
+                if part == "controlnet" and isinstance(hook, CpuOffload):
+                    module.to(hook.execution_device)  # the hook looks at the first weight alone, the transformer's
 
 
 def open_text(

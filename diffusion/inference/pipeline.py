@@ -68,9 +68,18 @@ class PixArtPipeline(PipelineParts):
             ConfigError: a number of processes that does not fit the network.
         """
         network = self.transformer if self.controlnet is None else self.controlnet
+        self.end_sharing()
         self._shared = SharedForward(network, ranks, row_groups=row_groups)
         tiled = ranks.any(getattr(self.vae, "use_tiling", False))
         self._shared_decoder = SharedDecoder(self.vae) if isinstance(self.vae, AutoencoderKL) and not tiled else None
+
+    def end_sharing(self) -> None:
+        """Draw alone again. To be called before the process group ends: graphs that hold its work would keep it."""
+        if self._fast is not None:
+            self._fast.forget_graphs()
+        if self._shared is not None:
+            self._shared.end()
+        self._shared = self._shared_decoder = None
 
     @property
     def interrupt(self) -> bool:
@@ -352,7 +361,8 @@ class PixArtPipeline(PipelineParts):
         loop = partial(self._loop, run, generators, source, callback)
         if fast is None:
             return loop(tensors)
-        return fast.solve(run.key, run, loop, tensors, network, self._obstacle(source, callback))
+        weights = self.controlnet or self.transformer
+        return fast.solve(run.key, run, loop, tensors, weights, self._obstacle(source, callback))
 
     def _loop(
         self,
@@ -389,8 +399,6 @@ class PixArtPipeline(PipelineParts):
 
     def _obstacle(self, source: Source | None, callback: StepCallback | None) -> str | None:
         """What keeps the solver's loop out of a CUDA graph, as the beginning of a sentence."""
-        if self._shared is not None:
-            return "several processes draw each picture"
         if callback is not None:
             return "a callback looks at every step"
         if source is not None and (source.keep is not None or source.guides):
@@ -405,10 +413,13 @@ class PixArtPipeline(PipelineParts):
         latents, generators, device = drawn.latents, drawn.generators, self.execution_device
         at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
         parts = [slice(start, start + at_once) for start in range(0, len(latents), at_once)]
-        if self._shared_decoder is not None and self._shared_decoder.fits(latents.shape[-2]):
-            return torch.cat([self._shared_decoder(latents[part], device) for part in parts])
+        shared = self._shared_decoder
+        if shared is not None and not shared.fits(latents.shape[-2]):
+            shared = None
         if self._fast is not None and self._fast.can_decode(self.vae):
-            return torch.cat([self._fast.decode(self.vae, latents[part]) for part in parts])
+            return torch.cat([self._fast.decode(self.vae, latents[part], shared) for part in parts])
+        if shared is not None:
+            return torch.cat([shared(latents[part], device) for part in parts])
         return torch.cat([decode_latents(self.vae, latents[part], device, generators[part]) for part in parts])
 
 

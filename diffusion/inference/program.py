@@ -76,6 +76,7 @@ def draw(args: argparse.Namespace) -> None:
         )
     seconds = time.perf_counter() - started
     if ranks is not None:
+        pipeline.end_sharing()
         ranks.close()
     if not is_main:
         return

@@ -80,11 +80,9 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, channels: int | None = None) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # q, k, v have the precision that was asked for
-            if self.sharing is None:
-                return attend(q, k, v, self.kernels, channels=channels)
-            q, k, v = (part.transpose(1, 2) for part in self.sharing.to_heads(*(p.transpose(1, 2) for p in (q, k, v))))
-            attended = attend(q, k, v, self.kernels, channels=channels)
-            return self.sharing.to_tokens(attended.transpose(1, 2)).transpose(1, 2)
+            if self.sharing is not None:
+                k, v = self.sharing.whole(k, v)
+            return attend(q, k, v, self.kernels, channels=channels)
 
     def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, cols = grid

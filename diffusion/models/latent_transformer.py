@@ -37,7 +37,10 @@ def _position_embedding(
     width: int, grid: tuple[int, int], base_size: int, scale: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     with torch.inference_mode(False):
-        return sincos_position_embedding(width, grid, base_size, scale).to(device=device, dtype=dtype)
+        table = sincos_position_embedding(width, grid, base_size, scale).to(dtype)
+        if device.type == "cuda":  # the host does not wait where a bucket comes up for the first time
+            return table.pin_memory().to(device, non_blocking=True)
+        return table.to(device)
 
 
 def compile_blocks(blocks: nn.ModuleList, *, dynamic: bool | None = None, **options: Any) -> None:

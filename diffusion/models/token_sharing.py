@@ -1,6 +1,6 @@
-"""One picture on several processes: each holds a strip of its tokens (DeepSpeed-Ulysses, arXiv:2309.14509).
+"""One picture on several processes: each holds a strip of its tokens.
 
-Legend: B batch, N image tokens, P processes, H heads, C channels a head, D width.
+Legend: B batch, n keys of a strip, P processes, H heads, c channels a head.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 class TokenSharing:
     """Processes that share the tokens of a picture, in inference alone.
 
-    Whatever treats tokens one by one works on the strip of N / P tokens that a process holds (whole rows of the grid).
-    Self-attention needs all of them: for it a process gives up its tokens of the other heads, and holds all tokens of
-    H / P heads.
+    Whatever treats tokens one by one works on the strip that a process holds (whole rows of the grid). In
+    self-attention its queries meet the keys and values of all strips, which one all-gather brings. Exchanging tokens
+    for heads (DeepSpeed-Ulysses, arXiv:2309.14509) moves less, but twice a block and with copies around it, and asks
+    for a number of heads that divides by P.
 
     Args:
         group: of torch.distributed; None = all processes.
@@ -29,24 +30,10 @@ class TokenSharing:
         """This process's part of a tensor along an axis that divides by P."""
         return whole.chunk(self.size, dim)[self.rank]
 
-    def to_heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Tensors (B, H, n / P, C) of the tokens held here -> (B, H / P, n, C); n may differ between them."""
-        lengths = [part.shape[2] for part in parts]
-        tokens = torch.cat(parts, dim=2)
-        split = tokens.unflatten(1, (self.size, -1)).transpose(0, 1)  # (P, B, H / P, n, C), by who gets it
-        held = self._exchange(split)  # the same shape, by who sent it
-        return tuple(
-            part.permute(1, 2, 0, 3, 4).flatten(2, 3)  # strips in the order of ranks are the rows of the picture
-            for part in held.split(lengths, dim=3)
-        )
-
-    def to_tokens(self, attended: Tensor) -> Tensor:
-        """(B, H / P, N, C) -> (B, H, N / P, C), the way back."""
-        split = attended.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)  # (P, B, H / P, N / P, C)
-        return self._exchange(split).transpose(0, 1).flatten(1, 2)
-
-    def _exchange(self, by_receiver: Tensor) -> Tensor:
-        by_receiver = by_receiver.contiguous()
-        by_sender = torch.empty_like(by_receiver)
-        dist.all_to_all_single(by_sender, by_receiver, group=self.group)
-        return by_sender
+    def whole(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (B, n, H, c) of the tokens held here, of equal shapes -> (B, P * n, H, c) of all tokens."""
+        held = torch.cat(parts, dim=2)
+        strips = held.new_empty(self.size, *held.shape)
+        dist.all_gather_into_tensor(strips.flatten(0, 1), held, group=self.group)
+        # Strips in the order of ranks are the rows of the picture.
+        return strips.transpose(0, 1).flatten(1, 2).chunk(len(parts), dim=2)

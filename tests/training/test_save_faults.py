@@ -128,6 +128,7 @@ def test_a_disk_that_is_full_at_any_file_costs_that_save_alone(saver: Saver) -> 
     assert verify(saver.checkpoints / "checkpoint-4") is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, after which CUDA does not work")
 @pytest.mark.parametrize("kilobytes", [4, 40, 80, 130, 260])
 def test_a_file_that_may_not_grow_is_a_storage_error_in_one_line(kilobytes: int, saver: Saver) -> None:
     """The limit stops config.json, the snapshots, the weights or the optimiser in the middle of their bytes."""

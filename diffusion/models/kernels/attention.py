@@ -35,7 +35,8 @@ def attend(
 
     Args:
         q: (B, N, H, c); k, v: (B, M, H, c). All are padded to kernels.head_width here if they are narrower.
-        mask: (B, 1, 1, M) bool, True = keep. Kernels that take none leave such a call to torch's choice.
+        mask: (B, 1, 1, M) bool, True = keep. Kernels that take none leave such a call to torch's choice, and so do all
+            where c is no multiple of 8.
         channels: those that hold something, of q, k and v that are padded already; None = c.
     Returns:
         (B, N, H, c).
@@ -100,6 +101,8 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: 
 
 
 def _kernel(name: str, q: Tensor, mask: Tensor | None) -> Any:
-    """The context in which SDPA uses a kernel and no other; the named ones are made for half precision on a GPU."""
-    takes_it = q.is_cuda and q.dtype != torch.float32 and (mask is None or name in _TAKE_MASKS)
+    """The context in which SDPA uses a kernel and no other; the named ones are made for half precision on a GPU, and
+    for heads of a multiple of 8 channels."""
+    suits_it = q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
+    takes_it = suits_it and (mask is None or name in _TAKE_MASKS)
     return sdpa_kernel(_BACKENDS[name]) if name in _BACKENDS and takes_it else contextlib.nullcontext()

@@ -105,17 +105,23 @@ class _LogisticGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * wide * wide))).to(x.dtype)
+        wide = _wide(x)
+        value = wide * torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * wide * wide))
+        return value if wide is x else value.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _wide(x)
         square = wide * wide
         logistic = torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * square))
         slope = logistic * (1 + wide * (1 - logistic) * (_GELU_SCALE + 3 * _GELU_CUBIC * square))
         return (grad * slope).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least. Not by a cast that does nothing: the compiler of torch 2.11 loses the gradient behind it."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def is_tanh_gelu(activation: nn.Module) -> bool:

@@ -1,0 +1,116 @@
+"""Everything that only a GPU can show, by name: its tests and the measurements behind benchmarks/results.
+
+    python benchmarks/on_gpu.py --list
+    python benchmarks/on_gpu.py tests memory extraction --minutes 30 --logs output/on_gpu
+
+What is named runs one after another, each with a log of its own; a failure does not stop the rest. With --minutes, what
+is not expected to fit into the time that is left is not begun, and named at the end. Results go where each program
+writes them, into benchmarks/results unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion.errors import PixArtError, run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Task(NamedTuple):
+    """A command (arguments of python), the seconds it is expected to take on H100s, and how many of these it needs."""
+
+    command: str
+    seconds: int
+    gpus: int = 1
+
+
+_BENCH = "benchmarks"
+_ROWS = ("train-256", "train-512", "train-1024", "sample-256", "sample-512", "sample-1024", "lcm-1024", "throughput-512")
+_GPU_TESTS = "tests/models tests/process tests/inference tests/training"
+TASKS = {
+    "tests": Task(f"-m pytest -q -n 8 --dist loadfile -m 'not slow' {_GPU_TESTS}", 150),
+    "tests-slow": Task("-m pytest -q -m slow tests/models tests/inference/test_fast.py", 200),
+    "memory": Task(f"{_BENCH}/bench_memory_plans.py", 560),
+    "extraction": Task(f"{_BENCH}/bench_extraction.py --out {_BENCH}/results/extraction_h100.json", 450),
+    "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
+    "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
+    "presets": Task(f"{_BENCH}/measure_presets.py", 240),
+    "stages": Task(f"{_BENCH}/recipe_stages.py --seconds 25", 330),
+    "saving": Task(f"{_BENCH}/bench_saving.py --out {_BENCH}/results/saving_h100.json", 180),
+    "finetuning": Task(f"{_BENCH}/bench_finetuning.py", 300),
+    "finetuning-kept": Task(
+        f"{_BENCH}/bench_finetuning.py --no_checkpointing --output {_BENCH}/results/finetuning_kept.json", 300
+    ),
+    "lcm": Task(f"{_BENCH}/finetune_lcm.py", 500),
+    "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 400),
+    "lora": Task(f"{_BENCH}/finetune_lora.py", 200),
+    "dreambooth": Task(f"{_BENCH}/finetune_dreambooth.py", 300),
+    "fast-sampling": Task(f"{_BENCH}/check_fast_sampling.py", 300),
+    "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),
+    "levers-256": Task(f"{_BENCH}/bench_training_levers.py --pixels 256 --out {_BENCH}/results/levers_256.json", 540),
+    "levers-512": Task(f"{_BENCH}/bench_training_levers.py --pixels 512 --out {_BENCH}/results/levers_512.json", 540),
+    "fp8-band": Task(f"{_BENCH}/fp8_loss_band.py", 560),
+    "cold-512": Task(f"{_BENCH}/cold_start.py --row cold-512", 500),
+    **{f"row:{row}": Task(f"{_BENCH}/compare.py {row}", 300) for row in _ROWS},
+    "parallel": Task(f"{_BENCH}/bench_parallel.py --compile", 330, 2),
+    "scaling-sampling": Task(f"{_BENCH}/scaling.py --sections sampling --processes 1 2 4", 300, 4),
+    "scaling-training": Task(f"{_BENCH}/scaling.py --sections training --processes 1 2 4 --compile", 560, 4),
+    "scaling-saving": Task(f"{_BENCH}/scaling.py --sections saving --processes 1 4", 250, 4),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="NAME", help="see --list")
+    parser.add_argument("--list", action="store_true", help="names, expected seconds, GPUs and commands")
+    parser.add_argument("--minutes", type=float, help="begin nothing that is not expected to end within them")
+    parser.add_argument("--logs", type=Path, default=Path("output/on_gpu"), help="folder (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.list or not args.tasks:
+        for name, task in TASKS.items():
+            print(f"{name:18} {task.seconds:4} s  {task.gpus} GPU  python {task.command}")
+        return
+    if unknown := [name for name in args.tasks if name not in TASKS]:
+        raise PixArtError(f"unknown: {', '.join(unknown)}; the names are {', '.join(TASKS)}")
+    began, failed = time.monotonic(), []
+    args.logs.mkdir(parents=True, exist_ok=True)
+    for name in args.tasks:
+        left = float("inf") if args.minutes is None else 60 * args.minutes - (time.monotonic() - began)
+        if TASKS[name].seconds > left:
+            print(f"{name}: not begun, {left:.0f} s are left and {TASKS[name].seconds} s expected", flush=True)
+            failed.append(name)
+            continue
+        if run(name, args.logs / f"{name.replace(':', '_')}.log"):
+            failed.append(name)
+    if failed:
+        raise PixArtError(f"failed or not begun: {', '.join(failed)}; logs are in {args.logs}")
+
+
+def run(name: str, log: Path) -> int:
+    """One task; its exit status."""
+    began = time.monotonic()
+    with log.open("w") as stream:
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4", **os.environ}
+        command = f"{sys.executable} {TASKS[name].command}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    print(f"{name}: exit {done.returncode} after {time.monotonic() - began:.0f} s, {log}", flush=True)
+    if done.returncode:
+        print("".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-25:]), flush=True)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    run_cli(main)
