@@ -32,7 +32,16 @@ class Task(NamedTuple):
 
 
 _BENCH = "benchmarks"
-_ROWS = ("train-256", "train-512", "train-1024", "sample-256", "sample-512", "sample-1024", "lcm-1024", "throughput-512")
+_ROWS = (
+    "train-256",
+    "train-512",
+    "train-1024",
+    "sample-256",
+    "sample-512",
+    "sample-1024",
+    "lcm-1024",
+    "throughput-512",
+)
 _GPU_TESTS = "tests/models tests/process tests/inference tests/training"
 TASKS = {
     "tests": Task(f"-m pytest -q -n 8 --dist loadfile -m 'not slow' {_GPU_TESTS}", 150),
@@ -56,6 +65,7 @@ TASKS = {
     "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),
     "levers-256": Task(f"{_BENCH}/bench_training_levers.py --pixels 256 --out {_BENCH}/results/levers_256.json", 540),
     "levers-512": Task(f"{_BENCH}/bench_training_levers.py --pixels 512 --out {_BENCH}/results/levers_512.json", 540),
+    "small-training": Task(f"{_BENCH}/bench_small_training.py", 200),
     "fp8-band": Task(f"{_BENCH}/fp8_loss_band.py", 560),
     "cold-512": Task(f"{_BENCH}/cold_start.py --row cold-512", 500),
     **{f"row:{row}": Task(f"{_BENCH}/compare.py {row}", 300) for row in _ROWS},

@@ -262,6 +262,15 @@ def test_scaling(tmp_path: Path) -> None:
     assert done.returncode == 0 and "From 2 GPUs of one host" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
+def test_small_training(tmp_path: Path) -> None:
+    out = tmp_path / "small.json"
+    run("benchmarks/bench_small_training.py", "--tiny", "--arms", "eager", "AdamW", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert rows["eager"]["ms_a_step"] > 0 and rows["eager"]["kernels"]["ms_a_step_all"] > 0
+    assert rows["AdamW"]["first_three_steps_s"] > rows["eager"]["first_three_steps_s"]  # it compiles
+
+
 def test_commands_for_a_gpu_are_those_of_the_programs() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "benchmarks/on_gpu.py"]
