@@ -70,8 +70,8 @@ TASKS = {
     "cold-512": Task(f"{_BENCH}/cold_start.py --row cold-512", 500),
     **{f"row:{row}": Task(f"{_BENCH}/compare.py {row}", 300) for row in _ROWS},
     "parallel": Task(f"{_BENCH}/bench_parallel.py --compile", 330, 2),
-    "scaling-sampling": Task(f"{_BENCH}/scaling.py --sections sampling --processes 1 2 4", 300, 4),
-    "scaling-training": Task(f"{_BENCH}/scaling.py --sections training --processes 1 2 4 --compile", 560, 4),
+    "scaling-sampling": Task(f"{_BENCH}/scaling.py --sections sampling --processes 1 4 2", 300, 4),
+    "scaling-training": Task(f"{_BENCH}/scaling.py --sections training --processes 1 4 2 --compile", 560, 4),
     "scaling-saving": Task(f"{_BENCH}/scaling.py --sections saving --processes 1 4", 250, 4),
 }
 

@@ -6,10 +6,10 @@
 
 Sections that the output file holds from an earlier call are kept, so a section is measured in one call as a whole.
 
-training  XL/2 at each size, DDP and FSDP2: images/s, scaling against one GPU of the same call, the part of a step in
-          which communication ran and in which nothing else did (profiler), peak memory. One GPU with a quarter of the
-          batch too, which tells what a step costs beside its pictures; "apart", all GPUs at once without any
-          communication, which tells what scaling the slowest of them allows. Bus bandwidth of an all-reduce.
+training  XL/2 at each size, DDP, and with all GPUs FSDP2: images/s, scaling against one GPU of the same call, the part
+          of a step in which communication ran and in which nothing else did (profiler), peak memory. One GPU with a
+          quarter of the batch too, which tells what a step costs beside its pictures; "apart", all GPUs at once without
+          any communication, which tells what scaling the slowest of them allows. Bus bandwidth of an all-reduce.
 saving    seconds that training waits for a save, until it is on the disk, until a start has made its first step.
 sampling  latency of one picture at the largest size from caption embeddings to pixels: guidance halves apart, tokens
           shared out, both.
@@ -114,12 +114,10 @@ def batches_of(args: argparse.Namespace) -> dict[int, int]:
 
 
 def strategies_of(args: argparse.Namespace, processes: int) -> list[str]:
-    """Of training. One process shares nothing out; groups of several processes, and several of them, need four."""
-    if processes == 1:
+    """Of training: DDP for each number of processes, the others for the most; several groups of several need four."""
+    if processes < max(args.processes) or processes == 1:
         return ["ddp"]
-    left_out = {APART} if processes < max(args.processes) else set()
-    if processes < 4:
-        left_out.add("hybrid_shard")
+    left_out = {"hybrid_shard"} if processes < 4 else set()
     return [strategy for strategy in STRATEGIES if strategy in args.strategies and strategy not in left_out]
 
 
