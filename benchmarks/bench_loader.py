@@ -4,7 +4,8 @@
 
 Writes a store of synthetic features to a temporary folder (16 KB of latents and 60 tokens of 4096 numbers on average a
 row, as T5-XXL leaves them), and draws batches in the sampler's order from a warm page cache, to the card where there is
-one. Nothing trains, so this is what the loader can do at most.
+one. Nothing trains, so this is what the loader can do at most. On a card also: how long another thread of the process
+stands still for a batch, since a thread that launches kernels would.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from typing import Any
 from report import write_report
 
 from diffusion.errors import run_cli
+
+TRAINING_RATE = 900  # samples a second
 
 
 def main() -> None:
@@ -61,6 +66,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     samples = args.batches * args.batch_size
+    pauses: dict[str, list[float]] = {"memory given back": [], "memory freed": []} if on_card else {}
+    for _ in range(3):
+        for way, found in pauses.items():
+            found.append(longest_pauses(batches, args.batch_size, device, give_back=way == "memory given back"))
     return {
         "benchmark": f"loader of XL/2 at 256 px: 32 x 32 latents, captions of 60 x {args.channels} on average",
         "device": torch.cuda.get_device_name(device) if on_card else "cpu",
@@ -69,8 +78,41 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "samples_per_s": round(samples / seconds, 1),
         "samples_per_s_a_worker": round(samples / seconds / max(1, args.workers), 1),
         "gb_per_s": round(tokens * args.channels * 2 / seconds / 1e9, 2),
+        "longest pause of another thread a batch, ms": {way: statistics.median(found) for way, found in pauses.items()},
         "load_average": round(os.getloadavg()[0], 1),
     }
+
+
+def longest_pauses(batches: Any, batch_size: int, device: Any, *, give_back: bool, count: int = 20) -> float:
+    """Milliseconds in which a thread of Python stood still, the longest of each batch, median; batches come at the pace
+    of training. Without `give_back` workers' batches are freed as they are."""
+    import diffusion.data.batch as module
+
+    usual, ends, longest = module.discard, threading.Event(), []
+    worst = 0.0
+
+    def pulse() -> None:
+        nonlocal worst
+        last = time.perf_counter()
+        while not ends.is_set():
+            now = time.perf_counter()
+            worst, last = max(worst, now - last), now
+
+    module.discard = usual if give_back else lambda tensor: None
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        for number in range(count + 5):  # the first were ready before
+            worst = 0.0
+            next(batches).to(device)
+            time.sleep(batch_size / TRAINING_RATE)
+            if number >= 5:
+                longest.append(1000 * worst)
+    finally:
+        module.discard = usual
+        ends.set()
+        thread.join()
+    return round(statistics.median(longest), 2)
 
 
 def write_store(root: Path, rows: int, channels: int) -> None:

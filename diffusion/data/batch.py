@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from diffusion.data.shared_memory import discard
 from diffusion.errors import DataError
 
 
@@ -70,8 +71,14 @@ class TrainBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TrainBatch:
-        """The batch in page-locked memory (called by the loader)."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        """The batch in page-locked memory. Called by the loader, whose worker's batch this is: it is used up by it."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory()
+            discard(tensor)
+            return pinned
+
+        return self._map(moved)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
