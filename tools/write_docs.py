@@ -90,7 +90,7 @@ def performance_page() -> str:
     lines = [
         f"# Performance\n\n{NOTE}",
         "What `benchmarks/` and `tools/evaluate.py` measured, with command, machine and versions; `make bench`",
-        "measures yours. Times are medians where the name says so.\n",
+        "measures yours (with a GPU: `python benchmarks/on_gpu.py --list`). Times are medians where a name says so.\n",
         *COMPARISON,
         *levers_section(RESULTS),
     ]
