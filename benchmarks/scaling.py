@@ -117,8 +117,7 @@ def strategies_of(args: argparse.Namespace, processes: int) -> list[str]:
     """Of training: DDP for each number of processes, the others for the most; several groups of several need four."""
     if processes < max(args.processes) or processes == 1:
         return ["ddp"]
-    left_out = {"hybrid_shard"} if processes < 4 else set()
-    return [strategy for strategy in STRATEGIES if strategy in args.strategies and strategy not in left_out]
+    return [name for name in STRATEGIES if name in args.strategies and (name != "hybrid_shard" or processes >= 4)]
 
 
 def training_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:

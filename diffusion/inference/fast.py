@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from diffusion.adapters import adapter_names
 from diffusion.errors import PromptError
-from diffusion.images import SharedDecoder, decode_latents
 from diffusion.inference.fp8 import has_fp8_products, quantize_network
 from diffusion.inference.graphs import GraphCache, Work, addresses
 from diffusion.inference.shortcuts import Shortcuts
@@ -120,19 +119,17 @@ class FastPath:
         """Whether `decode` has something to offer: a decoder that draws no noise."""
         return isinstance(getattr(vae, "decoder", None), nn.Module)
 
-    def decode(self, vae: Any, latents: Tensor, shared: SharedDecoder | None = None) -> Tensor:
-        """See `decode_latents`, or by all processes of a start; as one graph where there is a card."""
+    def decode(self, vae: Any, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `decode`, the same for a size until the graphs are forgotten, makes of latents; as one graph where there
+        is a card."""
         tensors = {"latents": latents.contiguous(memory_format=self._decoder_layout)}
 
         def work(given: Mapping[str, Tensor]) -> Tensor:
-            if shared is not None:
-                return shared(given["latents"], latents.device)
-            return decode_latents(vae, given["latents"], latents.device)
+            return decode(given["latents"])
 
         if not self.settings.graph or latents.device.type != "cuda":
             return work(tensors)
-        key = (getattr(vae, "use_tiling", False), shared is not None)
-        return self.decoder_graphs.run(key, work, tensors, weights=addresses(vae))
+        return self.decoder_graphs.run(getattr(vae, "use_tiling", False), work, tensors, weights=addresses(vae))
 
     def forget_graphs(self) -> None:
         """Of what draws and decodes, which several processes may do together."""

@@ -413,14 +413,15 @@ class PixArtPipeline(PipelineParts):
         latents, generators, device = drawn.latents, drawn.generators, self.execution_device
         at_once = max(1, _DECODE_PIXELS // (latents.shape[-2] * latents.shape[-1] * self.vae_factor**2))
         parts = [slice(start, start + at_once) for start in range(0, len(latents), at_once)]
-        shared = self._shared_decoder
-        if shared is not None and not shared.fits(latents.shape[-2]):
-            shared = None
+
+        def decode(some: Tensor, their_generators: Sequence[torch.Generator] | None = None) -> Tensor:
+            if self._shared_decoder is not None and self._shared_decoder.fits(some.shape[-2]):
+                return self._shared_decoder(some, device)
+            return decode_latents(self.vae, some, device, their_generators)
+
         if self._fast is not None and self._fast.can_decode(self.vae):
-            return torch.cat([self._fast.decode(self.vae, latents[part], shared) for part in parts])
-        if shared is not None:
-            return torch.cat([shared(latents[part], device) for part in parts])
-        return torch.cat([decode_latents(self.vae, latents[part], device, generators[part]) for part in parts])
+            return torch.cat([self._fast.decode(self.vae, latents[part], decode) for part in parts])
+        return torch.cat([decode(latents[part], generators[part]) for part in parts])
 
 
 _CALL_DEFAULTS = {
