@@ -95,7 +95,11 @@ def texts(args: argparse.Namespace) -> list[Command]:
 def encoder(args: argparse.Namespace) -> list[Command]:
     made = ["--tokenizer", args.work / "model/tokenizer", "--output", args.work / "model/text_encoder"]
     read = ["--teacher-embeddings", args.work / "texts.safetensors", "--captions", args.work / "captions"]
-    size = ["--steps", 2 if args.tiny else args.encoder_steps, "--batch-size", 64 if args.tiny else 2048]
+    size = (
+        ["--steps", 2, "--batch-size", 64]
+        if args.tiny
+        else ["--steps", args.encoder_steps, "--batch-size", 2048, "--compile"]
+    )
     return [python("train_scripts/train_text_encoder.py", *made, *read, *size, "--device", args.device)]
 
 
@@ -125,25 +129,36 @@ def features(args: argparse.Namespace) -> list[Command]:
 
 
 def transformer(args: argparse.Namespace) -> list[Command]:
-    model = args.work / "model"
+    model = _with_index(args)
     scale = json.loads((model / "vae/config.json").read_text())["scaling_factor"]
     options = [f"data.root={args.work / 'features'}", f"pipeline_load_from={model}", f"scale_factor={scale}"]
     if args.transformer_steps is not None:
         options.append(f"max_steps={args.transformer_steps}")
     if args.tiny:
         options += ["max_steps=2", "train_batch_size=4", "mixed_precision=no", "validation.num_samples=0"]
-        options += ["validation.prompts=[]", "compile=False", "num_workers=0", "save_model_steps=2"]
+        options += [
+            "validation.prompts=['a frog']",
+            "validation.num_inference_steps=1",
+            "compile=False",
+            "num_workers=0",
+            "save_model_steps=2",
+        ]
     run = ["--work-dir", args.work / "run", "--report_to", "none", "--cfg-options", *options, *args.cfg_options]
     return [on_gpus(args, "train_scripts/train.py", CONFIG, *run)]
 
 
+def _with_index(args: argparse.Namespace) -> Path:
+    """The folder of the parts, which draws validation pictures as the bundled model does."""
+    model: Path = args.work / "model"
+    shutil.copyfile(f"{BUNDLED}/model_index.json", model / "model_index.json")
+    shutil.copytree(f"{BUNDLED}/scheduler", model / "scheduler", dirs_exist_ok=True)
+    return model
+
+
 def folder(args: argparse.Namespace) -> list[Command]:
     """The pipeline folder in 16 bits, with the averaged weights; index and scheduler are those of the bundled one."""
-    if not (args.work / "model/model_index.json").exists():
-        shutil.copyfile(f"{BUNDLED}/model_index.json", args.work / "model/model_index.json")
-        shutil.copytree(f"{BUNDLED}/scheduler", args.work / "model/scheduler")
     written = ["--orig_ckpt_path", _last_checkpoint(args), "--ema", "--dump_path", args.work / "emoji-256"]
-    whole = ["--only_transformer", "False", "--dtype", "float16", "--pipeline_load_from", args.work / "model"]
+    whole = ["--only_transformer", "False", "--dtype", "float16", "--pipeline_load_from", _with_index(args)]
     return [python("tools/convert_pixart_alpha_to_diffusers.py", *written, *whole)]
 
 

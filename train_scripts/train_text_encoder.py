@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024, help="texts a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster on a GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     args = parser.parse_args()
 
@@ -44,6 +45,7 @@ def main() -> None:
         device=args.device,
         seed=args.seed,
         config=TextEncoderConfig(batch_size=args.batch_size, learning_rate=args.lr),
+        compile_model=args.compile,
     )
     print({key: value for key, value in metrics.items() if key != "history"})
     print(f"text encoder: {args.output}")

@@ -272,7 +272,8 @@ def _fit(
     log_every: int,
 ) -> int:
     """The training loop; leaves the averaged weights in `vae` and returns the number of steps."""
-    from diffusion.training.optimization import WeightAverage, muon, parameter_groups
+    from diffusion.training.muon import muon
+    from diffusion.training.optimization import WeightAverage, parameter_groups
 
     objective: Any = AutoencoderObjective(vae)
     average = WeightAverage(vae, config.ema_rate)

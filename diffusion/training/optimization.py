@@ -79,56 +79,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
     if settings.type == "AdamW8bit":
         return adamw_8bit(groups, lr, options)
     if settings.type == "Muon":
-        return muon(model, groups, lr, "blocks.", **options)
+        from diffusion.training.muon import muon
+
+        return muon(model, groups, lr, "blocks.", **{"eps": _ADAM_EPS, **options})
     import pytorch_optimizer
 
     if settings.type == "CAME" and "eps" in options:
         options["eps1"], options["eps2"] = options.pop("eps")
     built: torch.optim.Optimizer = getattr(pytorch_optimizer, settings.type)(groups, lr=lr, **options)
     return built
-
-
-def muon(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    lr: float,
-    inside: str,
-    *,
-    momentum: float = 0.95,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = _ADAM_EPS,
-) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024) on matrices and kernels, with updates of AdamW's size (arXiv:2502.16982).
-
-    Embeddings, the last layer, biases and tables are AdamW's: orthogonal updates suit maps between hidden states.
-
-    Args:
-        groups: of parameters, with their weight decay.
-        inside: what the names of the weights between hidden states contain.
-        momentum, betas, eps: Muon's; the last two AdamW's.
-    """
-    from pytorch_optimizer import Muon
-
-    hidden = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if inside in name and parameter.ndim > 1 and not name.endswith("scale_shift_table")
-    }
-    split = [
-        {**group, "params": chosen, "use_muon": use_muon}
-        for group in groups
-        for use_muon in (True, False)
-        if (chosen := [parameter for parameter in group["params"] if (id(parameter) in hidden) == use_muon])
-    ]
-    return Muon(
-        split,
-        lr=lr,
-        momentum=momentum,
-        use_adjusted_lr=True,
-        adamw_lr=lr,
-        adamw_betas=betas,
-        adamw_eps=eps,
-    )
 
 
 def lr_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
@@ -225,8 +184,8 @@ def global_norm(parameters: Iterable[Tensor]) -> Tensor:
 def update_unless(skip: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """One optimiser step, or none at all where `skip` is 1.
 
-    The fused Adams read the flag on the device, as they do for GradScaler, and the host never waits. For others the
-    host reads it, which costs the GPU the time that the launches of the update take.
+    The fused Adams and Muon read the flag on the device, as they do for GradScaler, and the host never waits. For
+    others the host reads it, which costs the GPU the time that the launches of the update take.
 
     Args:
         skip: () float32 on the device, 0 or 1, equal on all processes.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from diffusion.training.text_names import NamedTexts, named_right, naming_loss
 from diffusion.training.text_teacher import TeacherTexts, masked_mean
 
 PAD_ID = 0
+Student = Callable[[Tensor], tuple[Tensor, Tensor]]  # `TextStudent.forward`
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class TextEncoderConfig:
     `identity_weight`, `relation_weight`, `naming_weight`: factors of the terms beside the sentence term (weight 1).
     `naming_texts`: captions of pictures a step, when there are any.
     `identity_texts`: texts of a batch in the identity term, whose head is the costly part. `temperature`: of the
-    similarities in the relation term. `max_tokens`: longer texts are cut while training.
+    similarities in the relation term. `max_tokens`: longer texts are cut while training. `length_groups`: a batch is
+    read in so many parts of texts of like length, which are padded less; losses and gradients are the same.
     """
 
     hidden_size: int = 256
@@ -53,6 +56,7 @@ class TextEncoderConfig:
     naming_weight: float = 0.1
     naming_texts: int = 1024
     temperature: float = 0.05
+    length_groups: int = 2
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -106,8 +110,8 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 
 def identity_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Cross-entropy of each kept token's own id: logits (B, L, V), ids (B, L)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), token_ids.flatten(), ignore_index=PAD_ID)
+    """Cross-entropy of each kept token's own id: logits (..., V), ids (...)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), token_ids.flatten(), ignore_index=PAD_ID)
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +122,16 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int) -> tuple[Tensor,
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
     return ids, lengths
+
+
+def _by_length(rows: Tensor, lengths: Tensor, groups: int) -> list[Tensor]:
+    """Rows (B,) of texts in parts of like length, the shortest first; both arguments on the CPU."""
+    return list(rows[lengths[rows].argsort(stable=True)].chunk(groups))
+
+
+def _tokens(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+    """The (B, L) ids of some rows, no wider than the longest of them."""
+    return ids[rows.to(ids.device), : int(lengths[rows].max())].long()
 
 
 @torch.no_grad()
@@ -186,12 +200,13 @@ def train_text_encoder(
     config: TextEncoderConfig | None = None,
     named: NamedTexts | None = None,
     log_every: int = 100,
+    compile_model: bool = False,
 ) -> dict[str, Any]:
     """Distil and write `output` (a 16-bit `text_encoder` folder) and `output/../text_encoder_metrics.json`.
 
     Same arguments, seed and CPU: same weights. Returns the metrics, with the loss history under "history".
 
-    named: captions of pictures for the naming term; None = without it.
+    named: captions of pictures for the naming term; None = without it. compile_model: torch.compile, for a GPU.
 
     Raises:
         CheckpointError: no tokenizer in `tokenizer_folder`.
@@ -212,7 +227,10 @@ def train_text_encoder(
     ids, lengths = tokenize(tokenizer, data.texts, config.max_tokens)
     ids, started = ids.to(device), time.monotonic()
     naming = None if named is None else _Naming(named, tokenizer, config, device, seed)
-    history = _fit(student, data, ids, lengths, config, naming, steps=steps, seed=seed, log_every=log_every)
+    history = _fit(
+        student, data, ids, lengths, config, naming,
+        steps=steps, seed=seed, log_every=log_every, compile_model=compile_model,
+    )  # fmt: skip
     metrics: dict[str, Any] = {
         **evaluate_student(student, data, ids),
         **({} if naming is None else naming.figures(student)),
@@ -240,11 +258,12 @@ class _Naming(nn.Module):
         self.weights, self.config = named.weights, config
         self.order = torch.Generator().manual_seed(seed + 1)
 
-    def forward(self, student: TextStudent) -> Tensor:
+    def forward(self, student: Student) -> Tensor:
         chosen = torch.multinomial(self.weights, self.config.naming_texts, replacement=True, generator=self.order)
-        rows = chosen.to(self.ids.device)
-        _, vectors = student(self.ids[rows, : int(self.lengths[chosen].max())].long())
-        return naming_loss(vectors, self.owner[rows], self.labels, self.config.temperature)
+        parts = _by_length(chosen, self.lengths, self.config.length_groups)
+        vectors = torch.cat([student(_tokens(self.ids, self.lengths, part))[1] for part in parts])
+        owner = self.owner[torch.cat(parts).to(self.owner.device)]
+        return naming_loss(vectors, owner, self.labels, self.config.temperature)
 
     @torch.no_grad()
     def figures(self, student: TextStudent) -> dict[str, float]:
@@ -260,6 +279,19 @@ class _Naming(nn.Module):
         }
 
 
+def _read(
+    student: Student, identity_head: nn.Module, parts: list[Tensor], config: TextEncoderConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of a batch of token ids -> sentence vectors (B, K); logits (T, V) and ids (T,) of the identity term."""
+    every = max(1, config.batch_size // config.identity_texts)
+    vectors, logits = [], []
+    for tokens in parts:
+        states, found = student(tokens)
+        vectors.append(found)
+        logits.append(identity_head(states[::every]).flatten(0, 1))
+    return torch.cat(vectors), torch.cat(logits), torch.cat([tokens[::every].flatten() for tokens in parts])
+
+
 def _fit(
     student: TextStudent,
     data: TeacherTexts,
@@ -271,6 +303,7 @@ def _fit(
     steps: int,
     seed: int,
     log_every: int,
+    compile_model: bool,
 ) -> list[dict[str, float]]:
     """The training loop; returns the logged losses."""
     device = ids.device
@@ -286,22 +319,24 @@ def _fit(
     history: list[dict[str, float]] = []
     queue = rows[:0]
     student.train()
+    # Eagerly the host launches 700 kernels a pass; of sizes that differ in every step, so the shapes stay symbols.
+    read: Student = torch.compile(student, dynamic=True) if compile_model else student
     for step in range(steps):
         if len(queue) < config.batch_size:  # a new pass; the short rest of the last one is dropped
             queue = rows[torch.randperm(len(rows), generator=order)]
         chosen, queue = queue[: config.batch_size], queue[config.batch_size :]
-        tokens = ids[chosen.to(device), : int(lengths[chosen].max())].long()
-        target = teacher[chosen.to(device)]
+        by_length = _by_length(chosen, lengths, config.length_groups)
+        target = teacher[torch.cat(by_length).to(device)]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, steps, config.warmup_share)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            states, vectors = student(tokens)
-            logits = student.identity_head(states[: config.identity_texts])
-            named = None if naming is None else naming(student)
+            tokens = [_tokens(ids, lengths, part) for part in by_length]
+            vectors, logits, asked = _read(read, student.identity_head, tokens, config)
+            named = None if naming is None else naming(read)
         parts = {
             "sentence": sentence_loss(vectors, target),
             "relation": relation_loss(vectors, target, config.temperature),
-            "identity": identity_loss(logits, tokens[: config.identity_texts]),
+            "identity": identity_loss(logits, asked),
         }
         loss = (
             parts["sentence"] + config.relation_weight * parts["relation"] + config.identity_weight * parts["identity"]

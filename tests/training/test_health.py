@@ -20,7 +20,8 @@ from diffusion.training import replay_step
 from diffusion.training.equality import checksum, first_difference
 from diffusion.training.faults import Faults, parse_faults
 from diffusion.training.health import SpikeMonitor, memory_switches, slow_ranks
-from diffusion.training.optimization import update_unless
+from diffusion.training.muon import muon
+from diffusion.training.optimization import parameter_groups, update_unless
 from tests.training.parallel_worker import SMALL
 from tests.training.tiny_run import curve, run
 
@@ -121,6 +122,29 @@ def test_a_scaled_step_that_overflows_changes_nothing_but_the_scale() -> None:
         assert torch.equal(weight, before) == bool(skip)
         assert scaler.get_scale() == scale
     assert optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("skipped", [0, 2])  # the very first step of a run, and one with momentum
+def test_muon_leaves_a_step_out_without_asking_the_host(skipped: int) -> None:
+    def train(skipped: int, steps: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
+        optimizer = muon(network, parameter_groups(network, 0.1), 1e-2, "1.", eps=1e-8)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        for step in range(steps):
+            optimizer.zero_grad()
+            network(torch.ones(2, 6)).square().sum().backward()
+            skip = torch.tensor(float(step == skipped))
+            if skip:
+                for parameter in network.parameters():
+                    parameter.grad.fill_(torch.nan)
+            update_unless(skip, optimizer, scaler)
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        return [*network.parameters(), *states]
+
+    found, expected = train(skipped, 4), train(99, 3)  # as if the step had not been
+    assert len(found) == len(expected) == 4 + 2 + 3 * 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_checksums_see_every_bit() -> None:

@@ -13,6 +13,7 @@ import torch
 from diffusion.config import load_config
 from diffusion.errors import ConfigError
 from diffusion.training import build_network
+from diffusion.training.muon import muon, orthogonalised
 from diffusion.training.optimization import build_optimizer, lr_factor, parameter_groups, scaled_learning_rate
 from tests.training.test_options import with_optimizer
 from tests.training.tiny_run import curve, run
@@ -45,6 +46,58 @@ def test_without_patterns_the_groups_are_what_they_were(config_file: Path) -> No
     expected = [p for p in network.parameters() if p.ndim > 1 and id(p) not in tables]
     assert [id(p) for p in matrices["params"]] == [id(p) for p in expected]
     assert {id(p) for p in others["params"]} == {id(p) for p in network.parameters()} - {id(p) for p in expected}
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_singular_values_of_an_update_are_about_one(shape: tuple[int, int]) -> None:
+    matrices = (
+        torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e-6, 1.0, 1e4])[:, None, None]
+    )
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalised(matrices).float()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    assert (found * (u @ v)).sum((1, 2)).min() > 0.9 * found.norm(dim=(1, 2)).max() * math.sqrt(min(shape))
+    assert not orthogonalised(torch.zeros(1, *shape)).any()
+
+
+def test_muon_takes_the_steps_of_a_kept_library() -> None:
+    """Tall and wide matrices, kernels, vectors; three steps, the learning rate falling."""
+    from pytorch_optimizer import Muon
+
+    def train(ours: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        inside = [torch.nn.Linear(8, 24), torch.nn.Linear(24, 8), torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 24)]
+        network = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(inside), "head": torch.nn.Linear(5, 3)})
+        groups = parameter_groups(network, 0.1)
+        if ours:
+            optimizer = muon(network, groups, 1e-2, "blocks.", momentum=0.9, betas=(0.8, 0.95), eps=1e-8)
+        else:
+            split = muon(network, groups, 1e-2, "blocks.", eps=1e-8).param_groups
+            kept = [{key: group[key] for key in ("params", "weight_decay", "use_muon")} for group in split]
+            optimizer = Muon(
+                kept,
+                lr=1e-2,
+                momentum=0.9,
+                use_adjusted_lr=True,
+                adamw_lr=1e-2,
+                adamw_betas=(0.8, 0.95),
+                adamw_eps=1e-8,
+            )
+        noise = torch.Generator().manual_seed(1)
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        for step in range(3):
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=noise)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+        return [parameter.detach() - old for parameter, old in zip(network.parameters(), before, strict=True)]
+
+    for found, expected in zip(train(True), train(False), strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()  # bfloat16 within the iteration
 
 
 def test_8_bit_needs_a_library(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,3 +313,16 @@ def test_stock_pipeline_loads_tokenizer_and_encoder_from_plain_folders(
     assert torch.equal(embeds, same)
     assert int(null_mask.sum()) == 1
     assert int(mask.sum()) > 3
+
+
+def test_reading_by_length_changes_no_loss(tokenizer_folder: Path, teacher: TeacherTexts, tmp_path: Path) -> None:
+    def first_loss(groups: int) -> dict[str, float]:
+        metrics = train_text_encoder(
+            tokenizer_folder, teacher, tmp_path / f"encoder-{groups}", steps=2, config=tiny_config(length_groups=groups)
+        )
+        last: dict[str, float] = metrics["history"][-1]  # after one update, so that gradients count too
+        return last
+
+    whole, parts = first_loss(1), first_loss(4)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    assert whole["loss"] > 0.1
