@@ -148,6 +148,10 @@ class OptimisationFields(Section):
     compile: bool = Field(
         default=False, description="torch.compile the blocks: faster after a slow start; needs a compiler or Triton."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="GPU kernels that add in one order alone, so that a run can be repeated bit for bit there; slower.",
+    )
     kernels: KernelsConfig = Field(default=KernelsConfig(), description="By which kernels the blocks compute.")
     use_fsdp: bool = Field(default=False, description="Shard weights and optimiser over processes (else DDP).")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How the run is spread over processes.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -162,3 +163,16 @@ def synchronised_only_if(model: nn.Module, last: bool) -> Any:
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def repeatable_kernels(wanted: bool) -> Iterator[None]:
+    """Inside, an operation that no kernel computes in one order of sums is an error that names it (CUDA)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

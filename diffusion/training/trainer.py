@@ -31,7 +31,7 @@ from diffusion.training.optimization import (
     scaled_learning_rate,
     update_unless,
 )
-from diffusion.training.parallel import AUTOCAST, place, synchronised_only_if, wrap
+from diffusion.training.parallel import AUTOCAST, place, repeatable_kernels, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
 from diffusion.training.replay import StepRecorder
 from diffusion.training.reports import Reporting, Reports
@@ -215,7 +215,7 @@ class Trainer:
             StorageError, OSError: the last save failed, or `max_failed_saves` in a row.
         """
         self.ranks.on_main(lambda: write_atomically(self.work_dir / "config.json", self.config.to_json().encode()))
-        with self.watchdog:
+        with self.watchdog, repeatable_kernels(self.config.deterministic):
             self._fit()
 
     def _fit(self) -> None:

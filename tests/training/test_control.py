@@ -114,7 +114,7 @@ def test_a_checkpoint_opens_beside_its_base_and_as_a_published_file(edges: Path,
     network = load_transformer(base)
     opened = load_controlnet(checkpoint, network)
     trained = trainer.state.network.state_dict()
-    assert all(torch.equal(tensor, trained[key]) for key, tensor in opened.state_dict().items())
+    assert all(torch.equal(tensor, trained[key].cpu()) for key, tensor in opened.state_dict().items())
     averaged = load_controlnet(checkpoint, network, ema=True).controlnet[1].after_proj.weight
     assert not torch.equal(averaged, opened.controlnet[1].after_proj.weight)
 
@@ -181,8 +181,8 @@ def test_conditions_are_computed_in_every_step(parts: Path, base: Path, tmp_path
     for condition in ("canny", "hed"):
         config = configured(parts, base, *options, f"control_condition={condition}")
         trainer = run(config, tmp_path / condition)
-        dataset = trainer.dataset
-        inputs = trainer.objective.further_inputs(collate([dataset[SampleKey(0, 0)]]), 0)  # type: ignore[union-attr]
+        batch = collate([trainer.dataset[SampleKey(0, 0)]]).to(trainer.ranks.device)
+        inputs = trainer.objective.further_inputs(batch, 0)  # type: ignore[union-attr]
         assert inputs["control_latents"].shape == (1, 4, 4, 4)
 
 

@@ -66,7 +66,9 @@ def test_resume_is_bit_exact(family: type[Family], config_file: Path, teacher: P
 def test_the_target_is_the_average_of_the_student(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = run(configured(config_file, teacher, "max_steps=1"), LCM(), tmp_path / "run")
     roles = trainer.objective.roles  # type: ignore[union-attr]
-    student, target, start = (module.t_block[1].bias for module in (trainer.state.network, roles.target, roles.teacher))
+    student, target, start = (
+        module.t_block[1].bias.cpu() for module in (trainer.state.network, roles.target, roles.teacher)
+    )
     torch.testing.assert_close(target, 0.5 * start + 0.5 * student)
     assert torch.equal(start, load_transformer(teacher).t_block[1].bias)
     assert not torch.equal(student, start)
@@ -97,7 +99,7 @@ def test_a_lora_checkpoint_opens_with_peft(config_file: Path, teacher: Path, tmp
     opened = PeftModel.from_pretrained(stock, checkpoint).eval()
     x, caption = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 32)
     with torch.no_grad():
-        ours = trainer.state.network.eval()(x, torch.tensor([300.0]), caption)
+        ours = trainer.state.network.cpu().eval()(x, torch.tensor([300.0]), caption)
         size = {"resolution": None, "aspect_ratio": None}
         theirs = opened(x, caption, torch.tensor([300.0]), added_cond_kwargs=size, return_dict=False)[0]
         base = load_transformer(teacher)(x, torch.tensor([300.0]), caption)

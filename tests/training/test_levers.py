@@ -211,9 +211,9 @@ def test_tread_trains_the_same_weights_and_is_gone_in_validation(config_file: Pa
     objective = denoising_objective(config, dataset)
     for first, tokens in ((0, 2), (29 * 4, 2), (30 * 4, 4)):  # 2 x 2 tokens, half of them pass around
         batch = collate([dataset[SampleKey(index, first + index)] for index in range(4)])
-        objective.loss(network, batch, seed=0)
+        objective.loss(network, batch.to(trainer.ranks.device), seed=0)
         assert sizes.pop() == tokens
-    assert watch_blocks(network, batch, 0, None, None) is None
+    assert watch_blocks(network, batch.to(trainer.ranks.device), 0, None, None) is None
     assert curve(tmp_path / "run", "validation_loss")[40] == pytest.approx(
         float(trainer.reports.validation_loss(load_transformer(tmp_path / "run/checkpoints/checkpoint-40", ema=True))),
         rel=1e-5,
@@ -282,9 +282,9 @@ def test_alignment_rises_and_its_head_is_kept_apart(features: Path, config_file:
     config = load_config(config_file, options)
     dataset = build_training_data(config)
     objective = denoising_objective(config, dataset)
-    batch = collate([dataset[SampleKey(index, index)] for index in range(8)])
+    batch = collate([dataset[SampleKey(index, index)] for index in range(8)]).to(whole.ranks.device)
     torch.manual_seed(43)
-    before = objective.loss(build_network(config), batch, 0).metrics["alignment"].mean()
+    before = objective.loss(build_network(config).to(whole.ranks.device), batch, 0).metrics["alignment"].mean()
     after = objective.loss(whole.state.network, batch, 0).metrics["alignment"].mean()
     assert after < 0.8 * before
 
@@ -300,7 +300,7 @@ def test_alignment_rises_and_its_head_is_kept_apart(features: Path, config_file:
     plain = build_network(load_config(config_file, SMALL), checkpoint)  # a stage without it starts from it
     again = build_network(config, tmp_path / "whole/checkpoints/checkpoint-30/transformer_ema")
     assert not hasattr(plain, "alignment_head")
-    assert torch.equal(plain.state_dict()["t_block.1.bias"], expected["t_block.1.bias"])
+    assert torch.equal(plain.state_dict()["t_block.1.bias"], expected["t_block.1.bias"].cpu())
     assert hasattr(again, "alignment_head")
 
 
@@ -312,7 +312,7 @@ def test_alignment_ends_at_its_step_and_goes_with_routing(features: Path, config
     dataset = build_training_data(trainer.config)
     for first, aligned in ((8, True), (12, False)):
         batch = collate([dataset[SampleKey(index, first + index)] for index in range(4)])
-        metrics = trainer.objective.loss(trainer.state.network, batch, 0).metrics
+        metrics = trainer.objective.loss(trainer.state.network, batch.to(trainer.ranks.device), 0).metrics
         assert ("alignment" in metrics) == aligned
 
 

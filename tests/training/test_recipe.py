@@ -43,7 +43,7 @@ def test_a_class_conditional_network_learns_and_resumes(first_stage: Path, confi
     resumed = run(load_config(config_file, [*options, "max_steps=30"]), tmp_path / "cut", resume_from="latest")
     expected = load_dit(first_stage / "checkpoints/checkpoint-30").state_dict()
     found = resumed.state.network.state_dict()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert all(torch.equal(found[key].cpu(), tensor) for key, tensor in expected.items())
     assert np.isfinite(curve(tmp_path / "cut", "validation_loss")[30])
 
 

@@ -27,7 +27,7 @@ def write_config(path: Path, parts: Path) -> Path:
         "caption_channels = 32\nnull_caption = 't5_empty'\n"
         f"pipeline_load_from = {str(parts / 'pipe')!r}\n"
         "train_batch_size = 4\nnum_workers = 0\nmax_steps = 6\nlog_interval = 1\nsave_model_steps = 3\n"
-        "save_model_epochs = None\nmixed_precision = 'no'\nauto_lr = None\nema_rate = 0.9\n"
+        "save_model_epochs = None\nmixed_precision = 'no'\ndeterministic = True\nauto_lr = None\nema_rate = 0.9\n"
         "optimizer = dict(lr=1e-3, eps=1e-8)\nlr_schedule_args = dict(num_warmup_steps=2)\n"
         "validation = dict(every_steps=100, at_start=False, num_samples=4)\n"
     )

@@ -85,7 +85,7 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | No
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: Kernels) -> Tensor:
     batch, length = q.shape[:2]
-    if not q.is_cuda or q.dtype == torch.float32:  # there is no kernel for it: with padding, and a mask
+    if not q.is_cuda or q.dtype == torch.float32 or q.shape[-1] % 8:  # no kernel for it: with padding, and a mask
         place = torch.arange(text.longest, device=q.device)
         rows = (text.offsets[:-1, None] + place).clamp(max=k.shape[0] - 1)  # (B, L)
         mask = (place < text.offsets.diff()[:, None])[:, None, None]
