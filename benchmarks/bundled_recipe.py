@@ -5,8 +5,9 @@
     python benchmarks/bundled_recipe.py features transformer folder evaluate --work build/bundled
 
 Every stage is the documented commands, run as they stand; it needs what the earlier ones left in --work, so stages can
-run in calls of their own. `make texts` fetches the teacher, emojibase and WordNet. Figures of a stage that runs again
-replace its old ones in the output file.
+run in calls of their own, or with parts of the bundled model (--from-bundled vae) instead of stages that are left out.
+`make texts` fetches the teacher, emojibase and WordNet. Figures of a stage that runs again replace its old ones in the
+output file.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transformer_steps", type=int, help="instead of the config's max_steps")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the transformer's config")
     add("--limit", type=int, help="evaluate: captions a split; all when absent")
+    add(
+        "--from-bundled",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="take vae, text_encoder or tokenizer from the bundled",
+    )
     add("--tiny", action="store_true", help="the least of everything, to see that it runs")
     add("--output", type=Path, default=Path("benchmarks/results/bundled_recipe.json"))
     return parser
@@ -55,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     done: dict[str, Any] = json.loads(args.output.read_text())["stages"] if args.output.is_file() else {}
+    for part in args.from_bundled:
+        shutil.copytree(f"{BUNDLED}/{part}", args.work / "model" / part, dirs_exist_ok=True)
     for name in args.stages:
         started = time.monotonic()
         commands = STAGES[name](args)

@@ -58,6 +58,10 @@ TASKS = {
     "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),
     "levers-256": Task(f"{_BENCH}/bench_training_levers.py --pixels 256 --out {_BENCH}/results/levers_256.json", 540),
     "levers-512": Task(f"{_BENCH}/bench_training_levers.py --pixels 512 --out {_BENCH}/results/levers_512.json", 540),
+    "recipe-texts": Task(f"{_BENCH}/bundled_recipe.py texts encoder", 330),
+    "recipe-transformer": Task(
+        f"{_BENCH}/bundled_recipe.py features transformer folder evaluate --from-bundled vae", 560
+    ),
     "small-training": Task(f"{_BENCH}/bench_small_training.py", 200),
     "fp8-band": Task(f"{_BENCH}/fp8_loss_band.py", 560),
     "cold-512": Task(f"{_BENCH}/cold_start.py --row cold-512", 500),

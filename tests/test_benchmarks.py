@@ -53,9 +53,7 @@ def test_extraction(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bundled_recipe(tmp_path: Path) -> None:
     """From pictures to a pipeline folder of 16 bits; the stages before and after have tests of their own."""
-    bundled, captions = ROOT / "output/pretrained_models/emoji-256", tmp_path / "captions"
-    for part in ("tokenizer", "text_encoder"):
-        shutil.copytree(bundled / part, tmp_path / "model" / part)
+    captions = tmp_path / "captions"
     rows = (ROOT / "data/emoji/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:16]
     (captions / "images").mkdir(parents=True)
     (captions / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -63,7 +61,8 @@ def test_bundled_recipe(tmp_path: Path) -> None:
         shutil.copy(ROOT / "data/emoji" / json.loads(row)["file_name"], captions / "images")
     out = tmp_path / "recipe.json"
     stages = ["vae", "decoder", "features", "transformer", "folder"]
-    run("benchmarks/bundled_recipe.py", *stages, "--work", tmp_path, "--tiny", "--output", out)
+    run("benchmarks/bundled_recipe.py", *stages, "--work", tmp_path, "--tiny", "--output", out,
+        "--from-bundled", "tokenizer", "text_encoder")  # fmt: skip
     result = json.loads(out.read_text())["stages"]
     assert list(result) == stages
     assert result["decoder"]["scaling_factor"] == result["vae"]["scaling_factor"]  # the latents stay
