@@ -22,7 +22,9 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used ({first_line(error)[:120]}); try --device cpu") from error
+        raise ConfigError(
+            f"--device {name} cannot be used ({first_line(error).split('. ')[0]}); try --device cpu"
+        ) from error
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -91,8 +91,10 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
 
 
 def write_tiny_pipeline_parts(folder: str | Path) -> Path:
-    """Write `tokenizer/`, `text_encoder/` and `vae/` of a diffusers pipeline folder; returns the folder."""
+    """Write `tokenizer/`, `text_encoder/`, `vae/` and an index of a diffusers pipeline folder; returns the folder."""
     root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "model_index.json").write_text("{}")
     tiny_tokenizer(root / "tokenizer")
     tiny_text_encoder().save_pretrained(str(root / "text_encoder"))
     tiny_vae().save_pretrained(str(root / "vae"))

@@ -21,7 +21,7 @@ def main() -> None:
     add("path", help="file, diffusers folder or hub id")
     add("--name", help="the published model it is, when its file name does not say")
     add("--pipeline_load_from", help="pipeline folder with tokenizer, T5 and VAE, for one picture")
-    add("--picture", default="verified.png", help="where the picture goes")
+    add("--picture", default="output/verified.png", help="where the picture goes")
     add("--device", default="auto", help="cpu, cuda, mps; auto = cuda where there is one, else mps, else cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the picture")
     add("--output", type=Path, help="also write the text to this file")

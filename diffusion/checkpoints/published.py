@@ -140,5 +140,7 @@ def find_published(name: str) -> Published:
     """
     rows = {row.name: row for row in PUBLISHED}
     if name not in rows:
-        raise CheckpointError(f"{name!r} is no published PixArt file; {did_you_mean(name, rows)}")
+        raise CheckpointError(
+            f"{name!r} is no published PixArt file; {did_you_mean(name, rows)} (all: tools/download.py --list)"
+        )
     return rows[name]

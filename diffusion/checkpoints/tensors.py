@@ -158,17 +158,19 @@ def read_torch(path: Path) -> Any:
             # Files of torch before 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is refused: not a plain weight file ({_reason(error)})") from error
+        raise CheckpointError(_why_not_loaded(path, error)) from error
 
 
-def _reason(error: Exception) -> str:
-    """Why torch did not load a file, in a few words; the class or function that a pickle would have called."""
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    """The class or function that a pickle would have called, or that the file is damaged; and the remedy."""
     text = str(error)
     if called := re.search(r"GLOBAL (\S+)", text):
-        return f"its pickle calls {called[1]}"
-    if "weights_only" in text:  # torch goes on to advise loading it all the same
-        return "no tensor file, or its pickle holds more than tensors and plain values"
-    return first_line(error)
+        reason = f"its pickle calls {called[1]}, and no code of a file is run"
+    elif "weights_only" in text:  # torch goes on to advise loading it all the same
+        reason = "no tensor file, or its pickle holds more than tensors and plain values"
+    else:
+        return f"{path} is cut or damaged ({first_line(error)[:80]}); copy or download it again"
+    return f"{path} is refused: {reason}; take the file from its publisher, as .safetensors where there is one"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

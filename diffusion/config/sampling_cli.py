@@ -83,7 +83,11 @@ def _add_prompts(parser: argparse._ArgumentGroup) -> None:
     add("--txt_file", default="asset/samples.txt", help="one prompt a line, UTF-8; --ar 9:16 or --hw 512:768 in it")
     add("--negative_prompt", help="what guidance leads away from, in place of the null caption")
     add("--style", help="a style by name, e.g. Cinematic; a wrong name lists them")
-    add("--clean_caption", action="store_true", help="clean prompts as the original did (for official alpha models)")
+    add(
+        "--clean_caption",
+        action=argparse.BooleanOptionalAction,
+        help="clean prompts as the original did (default: for official alpha models)",
+    )
     add("--num_images", type=int, default=1, help="pictures a prompt")
 
 

@@ -59,7 +59,7 @@ def verify_official(
     *,
     name: str | None = None,
     pipeline: str | Path | None = None,
-    picture: str | Path = "verified.png",
+    picture: str | Path = "output/verified.png",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     recorded: Mapping[str, Recorded] = RECORDED,
@@ -220,6 +220,7 @@ def _check_picture(
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(PROMPT, num_inference_steps=steps, guidance_scale=guidance, seed=0).images[0]
+    picture.parent.mkdir(parents=True, exist_ok=True)
     image.save(picture)
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).float()
     report.check(

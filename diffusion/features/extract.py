@@ -279,14 +279,22 @@ class _Job:
                 rejected = [*self.source.rejected, *writer.rejected.values()]
                 entries = list(writer.entries.values())  # at once: a thread adds to them
                 rejected += [item for entry in entries for item in map(_as_rejected, entry.rejected)]
-                refuse_too_many(_distinct(rejected), self.source.total, self.max_rejected, self.out)
+                self._refuse_too_many(rejected, writer, ranks.is_main)
 
     def _finish(self, writer: FeatureStoreWriter) -> None:
-        rejected = _distinct([*self.source.rejected, *writer.rejected.values()])
-        refuse_too_many(rejected, self.source.total, self.max_rejected, self.out)
+        self._refuse_too_many([*self.source.rejected, *writer.rejected.values()], writer, True)
         writer.close(self.source.rejected)
         if writer.num_rows == 0:
             raise DataError(f"{self.out}: not one picture could be extracted; see {self.out / REJECTED}")
+
+    def _refuse_too_many(self, rejected: Iterable[Rejected], writer: FeatureStoreWriter, lists_them: bool) -> None:
+        distinct = list({item.key: item for item in rejected}.values())
+        try:
+            refuse_too_many(distinct, self.source.total, self.max_rejected, self.out)
+        except DataError:
+            if lists_them:
+                writer.list_rejections(distinct)
+            raise
 
 
 def has_changed(sample: Sample, state: RowState) -> bool:
@@ -339,13 +347,9 @@ def refuse_too_many(rejected: Sequence[Rejected], total: int, share: float, out:
     raise DataError(
         f"{len(rejected)} of {total} pictures cannot be used, {allowed} are allowed; the last: {rejected[-1].reason}. "
         f"`python tools/check_data.py` lists all; mend them, or go on without them with --max-rejected "
-        f"{min(1.0, len(rejected) / total + 0.01):.2f} (then {out / REJECTED} lists them)"
+        f"{min(1.0, len(rejected) / total + 0.01):.2f} ({out / REJECTED} lists them)"
     )
 
 
 def _as_rejected(item: Mapping[str, str]) -> Rejected:
     return Rejected(**item)
-
-
-def _distinct(rejected: Iterable[Rejected]) -> list[Rejected]:
-    return list({item.key: item for item in rejected}.values())

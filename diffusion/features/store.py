@@ -60,7 +60,7 @@ class FeatureStore:
         if not self.manifest["complete"]:
             raise DataError(
                 f"{root} holds an extraction that was interrupted; run the same tools/extract_features.py command "
-                "again to finish it"
+                "again to finish it, or to read what it could not use"
             )
         if not self._ends:
             raise DataError(f"{root} holds no features yet; {REMEDY}")

@@ -222,17 +222,22 @@ class FeatureStoreWriter:
         """
         if self._pending:
             self._flush()
-        listed = {item.key: item for item in [*rejected, *self.rejected.values()]}
-        lines = "".join(json.dumps(asdict(listed[key]), ensure_ascii=False) + "\n" for key in sorted(listed))
-        path = self.root / REJECTED
-        if lines or path.exists():
-            write_atomically(path, lines.encode("utf-8", "replace"))
+        self.list_rejections(rejected)
         if self.entries or not self.manifest["complete"]:
             self._replace_manifest(self._shards(), True)
         for number in list(self.entries):
             (self.root / BLOCKS / f"{number:05d}.json").unlink()
         self.entries = {}
         self._remove_orphans()
+
+    def list_rejections(self, rejected: Sequence[Rejected] = ()) -> None:
+        """Write the list of what was rejected, with the reasons; `rejected` as in `close`."""
+        listed = {item.key: item for item in [*rejected, *self.rejected.values()]}
+        lines = "".join(json.dumps(asdict(listed[key]), ensure_ascii=False) + "\n" for key in sorted(listed))
+        if lines:
+            write_atomically(self.root / REJECTED, lines.encode("utf-8", "replace"))
+        else:
+            (self.root / REJECTED).unlink(missing_ok=True)
 
     def counts(self) -> Counter[str]:
         """Counts of the blocks that `close` has not folded yet."""
@@ -242,6 +247,8 @@ class FeatureStoreWriter:
         """Rejections that are tried again."""
         for key in keys:
             self.rejected.pop(key, None)
+        if (self.root / REJECTED).exists():
+            self.list_rejections()
         for number, entry in list(self.entries.items()):
             kept = [item for item in entry.rejected if item["key"] in self.rejected]
             if len(kept) != len(entry.rejected):

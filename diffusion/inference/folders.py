@@ -75,12 +75,18 @@ def part_variant(folder: str | Path, name: str, variant: str | None) -> str | No
 
 
 def require_files(folder: Path, *, variant: str | None, safetensors_only: bool) -> None:
-    """Refuse a pipeline folder none of whose parts has the variant, or one with a part in other files than asked for.
+    """Refuse a pipeline folder without its index, one none of whose parts has the variant, or one with a part in other
+    files than asked for.
 
     Raises:
         CheckpointError: naming the part and what it holds.
     """
     names = [part for part in PARTS if (folder / part).is_dir()]
+    if len(names) == len(PARTS) and not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} has the parts of a pipeline but no model_index.json, which says how they are used; copy it from "
+            "where they are from"
+        )
     if variant is not None and names and not any(part_variant(folder, part, variant) for part in names):
         raise CheckpointError(f"{folder} has no weights of variant {variant!r}; leave variant out, or give one it has")
     for part in (folder / name for name in names):

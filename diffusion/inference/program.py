@@ -104,7 +104,7 @@ def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
         "width": args.image_size if args.width is None else args.width,
         "use_resolution_binning": args.binning,
         "null_caption": args.null_caption,
-        "clean_caption": True if args.clean_caption else None,
+        "clean_caption": args.clean_caption,
         "guidance_channels": args.guidance_channels,
         "image": image,
         "mask_image": mask,

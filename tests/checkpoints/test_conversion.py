@@ -145,6 +145,7 @@ def test_the_readme_commands_convert_a_whole_pipeline_and_back(tmp_path: Path, r
     model = small_model(caption_channels=TINY_TEXT_CHANNELS)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
     parts = write_tiny_pipeline_parts(tmp_path / "parts")
+    (parts / "model_index.json").unlink()
     dump = tmp_path / "dump"
     flags = ["--image_size", 64, "--multi_scale_train", "False", "--orig_ckpt_path", tmp_path / "model.pth"]
     flags += ["--dump_path", dump, "--num_heads", 2]

@@ -181,6 +181,8 @@ def test_one_bad_picture_passes_two_stop_and_stay_stopped(tmp_path: Path, pipeli
     for _ in range(2):
         with pytest.raises(DataError, match=r"2 of 12 pictures cannot be used, 1 are allowed.*--max-rejected 0\.18"):
             extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")
+        listed = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+        assert [json.loads(line)["key"] for line in listed] == ["images/000.png", "images/001.png"]
     for name in ("000.png", "001.png"):
         (source / "images" / name).write_bytes(good)
     assert extract_folder(source, tmp_path / "out", pipeline, SETTINGS, device="cpu")["pictures"] == 12
