@@ -93,8 +93,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=43, help="every random draw of the run is a function of it")
     add("--train_batch_size", type=int, default=16, help="per process")
-    add("--num_train_epochs", type=int, default=100, help="passes over the data; --max_train_steps may end it earlier")
-    add("--max_train_steps", type=int, help="optimiser steps; when absent --num_train_epochs alone counts")
+    add("--num_train_epochs", type=int, default=100, help="passes over the data, where --max_train_steps is absent")
+    add("--max_train_steps", type=int, help="optimiser steps, in place of --num_train_epochs")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--learning_rate", type=float, default=1e-6, help="as in the original, too low for most data: try 1e-4")

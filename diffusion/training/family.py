@@ -56,8 +56,26 @@ class Family:
         """What draws the validation pictures."""
         return PromptGrid(config, device)
 
+    def record(self) -> dict[str, Any]:
+        """What trainer.json keeps of it."""
+        return {"kind": type(self).__name__, **self.facts()}
+
+    def check_kind(self, stored: Mapping[str, Any], folder: str) -> None:
+        """Refuse to resume a run of another family, whose objective and weights are others.
+
+        Raises:
+            ConfigError: naming both; checkpoints of earlier versions, which did not say, pass.
+        """
+        began, own = stored.get("kind"), type(self).__name__
+        if began is not None and began != own:
+            names = {"Family": "base training", "AdapterFamily": "an adapter (lora in the config)"}
+            raise ConfigError(
+                f"{folder} is of {names.get(began, began)}, and this program trains {names.get(own, own)}; resume it "
+                "with the program and config that began it, or take another --work-dir"
+            )
+
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must agree with: kept in trainer.json."""
+        """What a resumed run must agree with beside its kind."""
         return {}
 
     def check_facts(self, stored: dict[str, Any], folder: Path) -> None:

@@ -27,6 +27,7 @@ from diffusion.training.work_dir import refuse_existing_run
 # Data sets that the hub took down: their pictures' owner asked for it.
 _WITHDRAWN = ("lambdalabs/pokemon-blip-captions", "svjack/pokemon-blip-captions-en-zh")
 _SUBSTITUTE = "lambdalabs/naruto-blip-captions"
+_NO_EPOCHS = 10**9  # --max_train_steps counts alone
 _FLAGS = {
     "lora.rank": "rank",
     "lora.alpha": "lora_alpha",
@@ -107,7 +108,7 @@ def lora_config(
         "train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_workers": args.dataloader_num_workers,
-        "num_epochs": args.num_train_epochs,
+        "num_epochs": args.num_train_epochs if args.max_train_steps is None else _NO_EPOCHS,
         "max_steps": args.max_train_steps,
         "mixed_precision": args.mixed_precision,
         "grad_checkpointing": args.gradient_checkpointing,

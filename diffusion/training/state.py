@@ -110,7 +110,7 @@ class RunState:
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.average.num_updates if self.average is not None else None,
             "versions": versions,
-            "family": self.family.facts(),
+            "family": self.family.record(),
             **facts,
         }
         return HostState(self.step, self.network, self.family, record, **copies.take(tensors))

@@ -82,6 +82,7 @@ class Trainer:
         self.resumed_from = self._open_work_dir(resume_from)
         record = None if self.resumed_from is None else read_record(self.resumed_from)
         if record is not None:
+            self.family.check_kind(record["family"], str(self.resumed_from))
             check_config(record["config"], config, allow=allow_config_change)
             if not self.family.resumes_from_start:
                 config = with_saved_start(config, load_from or config.load_from, record["config"].get("load_from"))

@@ -63,6 +63,17 @@ def test_resume_is_bit_exact(family: type[Family], config_file: Path, teacher: P
         assert all(torch.equal(averaged[0][key], averaged[1][key]) for key in averaged[0])
 
 
+def test_another_familys_program_does_not_resume_it(config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    config = configured(config_file, teacher, "max_steps=1")
+    run(config, LCM(), tmp_path / "run")
+    for family, name in ((Family(), "base training"), (LCMLoRA(), "LCMLoRA")):
+        shutil.copytree(tmp_path / "run", tmp_path / name)  # this process still holds the lock of the run
+        with pytest.raises(
+            ConfigError, match=f"checkpoint-1 is of LCM, and this program trains {name}; resume it with"
+        ):
+            run(config, family, tmp_path / name, resume_from="latest", allow_config_change=True)
+
+
 def test_the_target_is_the_average_of_the_student(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = run(configured(config_file, teacher, "max_steps=1"), LCM(), tmp_path / "run")
     roles = trainer.objective.roles  # type: ignore[union-attr]

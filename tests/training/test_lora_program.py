@@ -52,7 +52,7 @@ def train(base: Path, pictures: Path | None, out: Path, *flags: str) -> Path:
     command = [
         f"--pretrained_model_name_or_path={base}", f"--output_dir={out}", *source, "--report_to=none",
         "--train_batch_size=2", "--learning_rate=1e-2", "--resolution=32", "--max_train_steps=4", "--rank=2",
-        "--checkpointing_steps=2", "--seed=42", *flags,
+        "--num_train_epochs=1", "--checkpointing_steps=2", "--seed=42", *flags,
     ]  # fmt: skip
     return train_lora(parse_lora_args("", command))
 
