@@ -52,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--from-bundled",
         nargs="+",
         default=[],
+        choices=("vae", "text_encoder", "tokenizer"),
         metavar="PART",
-        help="take vae, text_encoder or tokenizer from the bundled",
+        help="parts of the bundled model to begin with: vae, text_encoder, tokenizer",
     )
     add("--tiny", action="store_true", help="the least of everything, to see that it runs")
     add("--output", type=Path, default=Path("benchmarks/results/bundled_recipe.json"))

@@ -219,6 +219,11 @@ def test_damage_is_explained(tmp_path: Path) -> None:
     cut.write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes()[:4000])
     with pytest.raises(CheckpointError, match="cut.safetensors cannot be read"):
         open_checkpoint(cut)
+    torch.save(small_model().state_dict(), tmp_path / "whole.pth")
+    for kept in (0, 4000):
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:kept])
+        with pytest.raises(CheckpointError, match=r"cut\.pth is cut or damaged .*copy or download it again"):
+            open_checkpoint(tmp_path / "cut.pth")
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is not JSON"):
         open_checkpoint(folder)

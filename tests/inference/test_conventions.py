@@ -253,6 +253,9 @@ def test_a_folder_names_its_usual_guidance(pipeline_folder: Path, tmp_path: Path
     assert load_quietly(tmp_path / "saved").usual_guidance == 2.5
     PixArtAlphaPipeline.from_pretrained(tmp_path / "saved")  # stock diffusers passes over it
     assert scale_of(load_quietly(folder, transformer=pipe.transformer)) == 2.5  # a network trained on
+    (folder / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has the parts of a pipeline but no model_index\.json.*copy it from"):
+        load_quietly(folder)
     for wrong in (-1, "3", True, None):
         (folder / "model_index.json").write_text(json.dumps(index | {"_guidance_scale": wrong}))
         with pytest.raises(CheckpointError, match=r"model_index\.json: _guidance_scale .* must be a number >= 0"):
