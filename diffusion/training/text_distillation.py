@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.errors import CheckpointError, ConfigError, NumericalError
+from diffusion.text.tokenizer import PAD_ID, tokenize
 from diffusion.training.text_names import NamedTexts, named_right, naming_loss
 from diffusion.training.text_teacher import TeacherTexts, masked_mean
 
-PAD_ID = 0
 Student = Callable[[Tensor], tuple[Tensor, Tensor]]  # `TextStudent.forward`
 
 
@@ -37,7 +37,7 @@ class TextEncoderConfig:
     `naming_texts`: captions of pictures a step, when there are any.
     `identity_texts`: texts of a batch in the identity term, whose head is the costly part. `temperature`: of the
     similarities in the relation term. `max_tokens`: longer texts are cut while training. `length_groups`: a batch is
-    read in so many parts of texts of like length, which are padded less; losses and gradients are the same.
+    read in so many parts of texts of like length; but for the choice of `identity_texts`, losses stay the same.
     """
 
     hidden_size: int = 256
@@ -112,26 +112,6 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def identity_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Cross-entropy of each kept token's own id: logits (..., V), ids (...)."""
     return F.cross_entropy(logits.float().flatten(0, -2), token_ids.flatten(), ignore_index=PAD_ID)
-
-
-def tokenize(tokenizer: Any, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Texts -> (N, L) int32 ids padded with 0, and (N,) lengths; the end-of-sequence token survives the cut."""
-    rows = tokenizer(texts, truncation=True, max_length=max_tokens).input_ids
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int32)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    return ids, lengths
-
-
-def _by_length(rows: Tensor, lengths: Tensor, groups: int) -> list[Tensor]:
-    """Rows (B,) of texts in parts of like length, the shortest first; both arguments on the CPU."""
-    return list(rows[lengths[rows].argsort(stable=True)].chunk(groups))
-
-
-def _tokens(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    """The (B, L) ids of some rows, no wider than the longest of them."""
-    return ids[rows.to(ids.device), : int(lengths[rows].max())].long()
 
 
 @torch.no_grad()
@@ -224,11 +204,10 @@ def train_text_encoder(
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     student = TextStudent(config, len(tokenizer), data.embeddings.shape[1]).to(device)
-    ids, lengths = tokenize(tokenizer, data.texts, config.max_tokens)
-    ids, started = ids.to(device), time.monotonic()
+    ids, started = tokenize(tokenizer, data.texts, config.max_tokens)[0].to(device), time.monotonic()
     naming = None if named is None else _Naming(named, tokenizer, config, device, seed)
     history = _fit(
-        student, data, ids, lengths, config, naming,
+        student, data, ids, config, naming,
         steps=steps, seed=seed, log_every=log_every, compile_model=compile_model,
     )  # fmt: skip
     metrics: dict[str, Any] = {
@@ -251,19 +230,20 @@ class _Naming(nn.Module):
 
     def __init__(self, named: NamedTexts, tokenizer: Any, config: TextEncoderConfig, device: str, seed: int) -> None:
         super().__init__()
-        ids, lengths = tokenize(tokenizer, named.texts, config.max_tokens)
-        self.ids, self.lengths, self.owner = ids.to(device), lengths, named.owner.to(device)
+        self.ids = tokenize(tokenizer, named.texts, config.max_tokens)[0].to(device)
+        self.owner = named.owner.to(device)
         self.labels = nn.Parameter(named.labels.to(device))
         self.concepts = named.concepts.to(device)
         self.weights, self.config = named.weights, config
         self.order = torch.Generator().manual_seed(seed + 1)
 
-    def forward(self, student: Student) -> Tensor:
-        chosen = torch.multinomial(self.weights, self.config.naming_texts, replacement=True, generator=self.order)
-        parts = _by_length(chosen, self.lengths, self.config.length_groups)
-        vectors = torch.cat([student(_tokens(self.ids, self.lengths, part))[1] for part in parts])
-        owner = self.owner[torch.cat(parts).to(self.owner.device)]
-        return naming_loss(vectors, owner, self.labels, self.config.temperature)
+    def draw(self) -> Tensor:
+        """Numbers of captions, on the CPU."""
+        return torch.multinomial(self.weights, self.config.naming_texts, replacement=True, generator=self.order)
+
+    def forward(self, vectors: Tensor, chosen: Tensor) -> Tensor:
+        """Sentence vectors (B, K) of the captions `chosen` (B,) -> scalar loss."""
+        return naming_loss(vectors, self.owner[chosen.to(vectors.device)], self.labels, self.config.temperature)
 
     @torch.no_grad()
     def figures(self, student: TextStudent) -> dict[str, float]:
@@ -279,24 +259,38 @@ class _Naming(nn.Module):
         }
 
 
-def _read(
-    student: Student, identity_head: nn.Module, parts: list[Tensor], config: TextEncoderConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of a batch of token ids -> sentence vectors (B, K); logits (T, V) and ids (T,) of the identity term."""
-    every = max(1, config.batch_size // config.identity_texts)
-    vectors, logits = [], []
-    for tokens in parts:
-        states, found = student(tokens)
-        vectors.append(found)
-        logits.append(identity_head(states[::every]).flatten(0, 1))
-    return torch.cat(vectors), torch.cat(logits), torch.cat([tokens[::every].flatten() for tokens in parts])
+class _Reader:
+    """Reads texts by number, those of like length together, which are padded less.
+
+    Two tables of token ids, corpus and captions, are read as one, since every pass costs a GPU's host hundreds of
+    kernel launches: number n >= `corpus` is caption n - `corpus`.
+    """
+
+    def __init__(self, student: Student, identity_head: nn.Module, config: TextEncoderConfig, *tables: Tensor) -> None:
+        self.student, self.identity_head, self.config = student, identity_head, config
+        width = max(table.shape[1] for table in tables)
+        self.ids = torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])
+        self.lengths = (self.ids != PAD_ID).sum(1).cpu()
+
+    def read(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers (B,) on the CPU -> sentence vectors (B, K) in the same order, and the identity loss."""
+        order = self.lengths[chosen].argsort(stable=True)
+        every = max(1, len(chosen) // self.config.identity_texts)
+        vectors, logits, asked = [], [], []
+        for rows in chosen[order].chunk(self.config.length_groups):
+            tokens = self.ids[rows.to(self.ids.device), : int(self.lengths[rows].max())].long()
+            states, found = self.student(tokens)
+            vectors.append(found)
+            logits.append(self.identity_head(states[::every]).flatten(0, 1))
+            asked.append(tokens[::every].flatten())
+        back = order.argsort().to(self.ids.device)
+        return torch.cat(vectors)[back], identity_loss(torch.cat(logits), torch.cat(asked))
 
 
 def _fit(
     student: TextStudent,
     data: TeacherTexts,
     ids: Tensor,
-    lengths: Tensor,
     config: TextEncoderConfig,
     naming: _Naming | None,
     *,
@@ -320,23 +314,24 @@ def _fit(
     queue = rows[:0]
     student.train()
     # Eagerly the host launches 700 kernels a pass; of sizes that differ in every step, so the shapes stay symbols.
-    read: Student = torch.compile(student, dynamic=True) if compile_model else student
+    run: Student = torch.compile(student, dynamic=True) if compile_model else student
+    reader = _Reader(run, student.identity_head, config, ids, *(() if naming is None else (naming.ids,)))
     for step in range(steps):
         if len(queue) < config.batch_size:  # a new pass; the short rest of the last one is dropped
             queue = rows[torch.randperm(len(rows), generator=order)]
         chosen, queue = queue[: config.batch_size], queue[config.batch_size :]
-        by_length = _by_length(chosen, lengths, config.length_groups)
-        target = teacher[torch.cat(by_length).to(device)]
+        captions = rows[:0] if naming is None else naming.draw()
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, steps, config.warmup_share)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            tokens = [_tokens(ids, lengths, part) for part in by_length]
-            vectors, logits, asked = _read(read, student.identity_head, tokens, config)
-            named = None if naming is None else naming(read)
+            vectors, identity = reader.read(torch.cat([chosen, len(ids) + captions]))
+            vectors, of_captions = vectors.split([len(chosen), len(captions)])
+            named = None if naming is None else naming(of_captions, captions)
+        target = teacher[chosen.to(device)]
         parts = {
             "sentence": sentence_loss(vectors, target),
             "relation": relation_loss(vectors, target, config.temperature),
-            "identity": identity_loss(logits, asked),
+            "identity": identity,
         }
         loss = (
             parts["sentence"] + config.relation_weight * parts["relation"] + config.identity_weight * parts["identity"]

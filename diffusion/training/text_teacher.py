@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import CheckpointError, DataError, first_line
+from diffusion.text.tokenizer import tokenize
 
 _TENSORS = ("text_bytes", "embeddings", "embedding_scale", "pairs", "held_out")
 
@@ -66,21 +67,16 @@ def embed_texts(
         ) from error
     model = model.to(device).eval()
     batch_size = batch_size or (128 if device == "cpu" else 1024)
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    ids, lengths = tokenize(tokenizer, texts, max_length)
     embeddings = torch.empty(len(texts), model.config.hidden_size)
     with torch.inference_mode(), tqdm(total=len(texts), unit="text", desc="teacher", mininterval=2) as progress:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = tokenizer(
-                [texts[number] for number in chosen],
-                padding=True,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            ).to(device)
-            states = model(**batch).last_hidden_state  # (B, L, C)
-            pooled = masked_mean(states, batch["attention_mask"].bool())
-            embeddings[torch.tensor(chosen)] = torch.nn.functional.normalize(pooled, dim=1).cpu()
+        for chosen in lengths.argsort(stable=True).split(batch_size):
+            longest = int(lengths[chosen].max())
+            mask = torch.arange(longest) < lengths[chosen, None]  # (B, L)
+            batch = {"input_ids": ids[chosen, :longest].long(), "attention_mask": mask.long()}
+            states = model(**{name: tensor.to(device) for name, tensor in batch.items()}).last_hidden_state  # (B, L, C)
+            pooled = masked_mean(states, mask.to(device))
+            embeddings[chosen] = torch.nn.functional.normalize(pooled, dim=1).cpu()
             progress.update(len(chosen))
     return embeddings
 

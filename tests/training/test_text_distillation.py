@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel, T5EncoderModel, T5Tokenizer
 
 from diffusion.errors import CheckpointError, ConfigError, DataError
-from diffusion.text.tokenizer import train_tokenizer
+from diffusion.text.tokenizer import tokenize, train_tokenizer
 from diffusion.training.text_corpus import build_corpus, read_emojibase, read_train_captions, read_word_list
 from diffusion.training.text_distillation import (
     TextEncoderConfig,
@@ -21,7 +21,6 @@ from diffusion.training.text_distillation import (
     relation_loss,
     retrieval_at_1,
     sentence_loss,
-    tokenize,
     train_text_encoder,
 )
 from diffusion.training.text_names import named_right, named_texts
