@@ -159,7 +159,7 @@ def all_reduce_row(ranks: Any) -> dict[str, Any]:
 
 
 def saving_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
-    """Two saves and a start from the last one; the first save also makes the buffers of the copy in host memory.
+    """Two saves and a start from the last one; the first, after one step, waits for the memory that it copies to.
 
     With the fewest processes and the most, since a checkpoint of XL/2 takes its time.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,28 +26,42 @@ class HostCopies:
         self._keep = keep
         self._buffers: dict[str, Tensor] = {}
 
+    def reserve(self, tree: Any) -> None:
+        """Allocate what `take` of such a tree fills: of fresh memory, that costs many times what filling does.
+
+        May run in a thread of its own; `take` must wait for it.
+        """
+        if self._keep:
+            _walk(tree, "", self._buffer)
+
     def take(self, tree: Any) -> Any:
         """The same nested dicts, lists and tuples with every tensor copied, valid until the next `take`."""
-        copied = self._copy(tree, "")
+        copied = _walk(tree, "", self._copy)
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _copy(self, value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            return self._copy_tensor(value.detach(), name)
-        if isinstance(value, Mapping):
-            return {key: self._copy(item, f"{name}/{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(item, f"{name}/{index}") for index, item in enumerate(value))
-        return value
+    def _copy(self, tensor: Tensor, name: str) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        return self._buffer(tensor, name).copy_(tensor, non_blocking=tensor.is_cuda) if self._keep else None
 
-    def _copy_tensor(self, tensor: Tensor, name: str) -> Tensor | None:
-        tensor = whole(tensor)
-        if not self._keep:
-            return None
+    def _buffer(self, tensor: Tensor, name: str) -> Tensor:
+        """The host memory of a tensor, which may be a DTensor: its shape is that of the whole."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            if not tensor.is_cuda:
+                buffer.zero_()  # memory comes page by page, when it is first written to
             self._buffers[name] = buffer
-        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        return buffer
+
+
+def _walk(value: Any, name: str, change: Callable[[Tensor, str], Any]) -> Any:
+    """Nested dicts, lists and tuples with every tensor changed; its name is the path that leads to it."""
+    if isinstance(value, Tensor):
+        return change(value, name)
+    if isinstance(value, Mapping):
+        return {key: _walk(item, f"{name}/{key}", change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_walk(item, f"{name}/{index}", change) for index, item in enumerate(value))
+    return value

@@ -92,7 +92,8 @@ class Saver:
     def __post_init__(self) -> None:
         self.checkpoints = self.work_dir / "checkpoints"
         self._snapshots = self.work_dir / posthoc_snapshots.FOLDER
-        self._copies, self._writer = HostCopies(keep=self.ranks.is_main), Background()
+        self._copies = HostCopies(keep=self.ranks.is_main)
+        self._writer, self._reserving = Background(), Background()
         self._failed_saves, self._writing, self._is_final = 0, 0, False
         self._fatal: BaseException | None = None
         if self.ranks.is_main:
@@ -101,6 +102,16 @@ class Saver:
     def is_due(self) -> bool:
         """Whether `save` would write something after the current step."""
         return self._snapshot_is_due() or self._checkpoint_is_due()
+
+    def reserve(self) -> None:
+        """Allocate in the background what saves copy to, so that the first one waits no longer than others.
+
+        All ranks call it, when the optimizer has its state.
+        """
+        if self.config.save_async and (self.ranks.is_main or self.state.is_sharded):
+            job = self.state.reserve_on_host(self._copies)
+            if self.ranks.is_main:
+                self._reserving.start(job)
 
     def save(self, window: dict[str, Any], *, checkpoint: bool = False, final: bool = False) -> None:
         """Copy what is due and write it in the background; all ranks call it.
@@ -115,6 +126,8 @@ class Saver:
         if not (self.ranks.is_main or self.state.is_sharded):
             return
         self.settle()  # the copies of the save before are read until it is over
+        if not self._reserving.is_idle():
+            self._reserving.take_result()  # what it failed to allocate is asked for again now
         samples = self.state.step * self.global_batch
         copied = self.state.copy_to_host(self._copies, {**self.facts, "samples_seen": samples, "window": window})
         if not self.ranks.is_main or self._fatal is not None:

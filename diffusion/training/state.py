@@ -88,6 +88,11 @@ class RunState:
         """Whether ranks hold parts of the weights, so that all of them take part in a save."""
         return is_sharded(self.network)
 
+    def reserve_on_host(self, copies: HostCopies) -> Callable[[], None]:
+        """A job for another thread: the memory that `copy_to_host` will fill. All ranks ask for it."""
+        tensors = self._saved_tensors() if self.optimizer.state else {}
+        return lambda: copies.reserve(tensors)
+
     def copy_to_host(self, copies: HostCopies, facts: Mapping[str, Any]) -> HostState:
         """Everything a checkpoint holds, as of now, in host memory.
 
@@ -95,12 +100,6 @@ class RunState:
             facts: of the run (seed, world size, config, ...), kept in trainer.json.
         """
         self.settle()
-        tensors = {
-            "weights": self.family.saved(self.network),
-            "averaged": self.average.tensors if self.average is not None else None,
-            "posthoc": self.posthoc.tensors if self.posthoc is not None else None,
-            "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
-        }
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"diffusers": version("diffusers"), "pixart": __version__}
         record = {
@@ -113,7 +112,15 @@ class RunState:
             "family": self.family.record(),
             **facts,
         }
-        return HostState(self.step, self.network, self.family, record, **copies.take(tensors))
+        return HostState(self.step, self.network, self.family, record, **copies.take(self._saved_tensors()))
+
+    def _saved_tensors(self) -> dict[str, Any]:
+        return {
+            "weights": self.family.saved(self.network),
+            "averaged": self.average.tensors if self.average is not None else None,
+            "posthoc": self.posthoc.tensors if self.posthoc is not None else None,
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizer),
+        }
 
     def restore(self, folder: Path, *, load_ema: bool = False, resume_optimizer: bool = True) -> dict[str, Any]:
         """Load everything that `HostState.write` wrote into a checkpoint that was verified; returns its record.

@@ -252,6 +252,8 @@ class Trainer:
             requests.send()
             window.add(self._train_step(micro_batches, window))
             step, request = self.state.step, requests.agreed()
+            if step == self.first_step + 1:
+                saver.reserve()
             if falls_on(step, self.config.log_interval, self.total_steps):
                 self.reports.log(window)
             if falls_on(step, self.config.validation_every_steps, self.total_steps):

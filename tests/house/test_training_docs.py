@@ -1,4 +1,4 @@
-"""docs/training.md stays true: its recipes parse, and the tests, flags and files that it names exist."""
+"""docs/training.md and training-parallel.md stay true: recipes parse; tests, flags and files that they name exist."""
 
 from __future__ import annotations
 
@@ -65,3 +65,19 @@ def test_named_tests_and_keys_exist() -> None:
         assert f"`{key}" in TEXT
     for path in re.findall(r"\]\(\.\./([^)]+)\)", TEXT):
         assert (ROOT / path).exists(), path
+
+
+def test_the_second_fault_table_names_tests_that_exist() -> None:
+    text = (ROOT / "docs/training-parallel.md").read_text(encoding="utf-8")
+    table = text[text.index("| fault | what happens |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 15
+    of_training = [*(ROOT / "tests/training").glob("test_*.py")]
+    for row in table:
+        for name in re.findall(r"`([^`]+)`", row.rstrip("|").rsplit("|", 1)[1]):
+            if name.startswith("["):  # a parameter of the test in the row above
+                continue
+            file = re.search(r"test_\w+\.py", name)
+            sources = [*(ROOT / "tests").rglob(file[0])] if file else of_training
+            assert sources, row
+            if test := re.search(r"(?:^|::)(test_\w+)(?:\[|$)", name):
+                assert any(f"def {test[1]}(" in path.read_text(encoding="utf-8") for path in sources), name

@@ -16,6 +16,7 @@ from diffusion.ranks import Ranks
 from diffusion.training import saving
 from diffusion.training.host_copy import HostCopies
 from diffusion.training.saving import Saver, falls_on
+from tests.training.tiny_run import run, write_config
 
 
 class Recorder:
@@ -191,6 +192,58 @@ def test_copies_do_not_follow_their_tensors_and_are_reused() -> None:
     assert again["weights"]["w"] is taken["weights"]["w"]
     assert again["weights"]["w"].tolist() == [5, 5, 5]
     assert HostCopies(keep=False).take(tree)["weights"] == {"w": None}
+
+
+def test_the_first_copy_fills_what_was_reserved() -> None:
+    copies, tree = HostCopies(), {"w": torch.ones(3), "averaged": None, "groups": [{"step": torch.tensor(2)}]}
+    copies.reserve(tree)
+    reserved = {name: buffer.data_ptr() for name, buffer in copies._buffers.items()}
+    taken = copies.take(tree)
+    assert taken["w"].tolist() == [1, 1, 1] and taken["groups"][0]["step"] == 2
+    assert {"/w": taken["w"].data_ptr(), "/groups/0/step": taken["groups"][0]["step"].data_ptr()} == reserved
+    nothing = HostCopies(keep=False)
+    nothing.reserve(tree)
+    assert not nothing._buffers
+
+
+def test_a_save_waits_for_the_memory_that_is_being_reserved(state: Recorder, tmp_path: Path) -> None:
+    saver, begun = make_saver(tmp_path, state), threading.Event()
+
+    def reserve() -> None:
+        begun.set()
+        state.gate.wait()
+        raise MemoryError("no memory")  # what is missing is asked for again, and reported, by the save itself
+
+    state.reserve_on_host = lambda copies: reserve  # type: ignore[attr-defined]
+    state.gate.clear()
+    saver.reserve()
+    assert begun.wait(10)
+    assert saver.is_sound() and not saver.is_writing()
+    state.step = 3
+    waiting = threading.Thread(target=saver.save, args=({},))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    state.gate.set()
+    waiting.join(10)
+    saver.finish()
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_no_save_of_a_run_allocates_its_copy(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = []
+
+    class Watched(HostCopies):
+        def take(self, tree: Any) -> Any:
+            before = dict(self._buffers)
+            taken = super().take(tree)
+            assert len(before) > 50
+            allocated.extend(name for name, buffer in self._buffers.items() if before.get(name) is not buffer)
+            return taken
+
+    monkeypatch.setattr(saving, "HostCopies", Watched)
+    run(load_config(write_config(tmp_path / "config.py", parts)), tmp_path / "run")
+    assert not allocated
 
 
 def test_sharded_state_is_saved_whole_and_loaded_into_shards(tmp_path: Path) -> None:
