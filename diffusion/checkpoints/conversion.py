@@ -134,13 +134,19 @@ def model_spec(found: Found, title: str) -> dict[str, str]:
 
 
 def convert_by_flags(args: Any) -> None:
-    """What the tools to diffusers do with their flags (see `conversion_parser`): open, check, write, report.
+    """What the tools to diffusers do with their flags (`conversion_parser`, `pipeline_parser`): open, check, write.
 
     Raises:
         CheckpointError: see `open_checkpoint`, `require_flags` and `write_diffusers`.
     """
     checkpoint = open_checkpoint(
-        args.orig_ckpt_path, ema=args.ema, image_size=args.image_size, family=args.version, num_heads=args.num_heads
+        args.orig_ckpt_path,
+        ema=args.ema,
+        image_size=args.image_size,
+        family=args.version,
+        num_heads=args.num_heads,
+        untold_image_size=args.untold_image_size,
+        untold_family=args.untold_family,
     )
     found = checkpoint.found
     print(f"found: {found.describe()}")

@@ -143,6 +143,7 @@ def open_checkpoint(
     num_heads: int | None = None,
     pe_interpolation: float | None = None,
     untold_image_size: int | None = None,
+    untold_family: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any kind, recognise it and compare every key and shape with what it was recognised as.
 
@@ -152,7 +153,8 @@ def open_checkpoint(
         ema: the averaged weights; a folder that has none gives the others.
         variant, revision: of a diffusers folder's files, and of a hub repository.
         image_size, family, num_heads, pe_interpolation: what a file may not tell; see `recognise`.
-        untold_image_size: the image size, px, of a file that tells none; does not contradict one that does.
+        untold_image_size, untold_family: image size, px, and family of a file that tells none; they do not contradict
+            one that does.
     Raises:
         CheckpointError: nothing there, damaged, code in a pickle, another kind of model, an argument that contradicts
             the weights, or keys that do not fit, all listed.
@@ -162,8 +164,10 @@ def open_checkpoint(
         raise CheckpointError(
             f"{source} is a class-conditional DiT, which knows no captions; tools/init_from_dit.py makes a PixArt of it"
         )
-    if image_size is None and weights.config is None and not tells_image_size(weights.state_dict):
-        image_size = untold_image_size
+    if weights.config is None:
+        family = untold_family if family is None else family
+        if image_size is None and not tells_image_size(weights.state_dict):
+            image_size = untold_image_size
     return _recognised(weights, image_size, family, num_heads, pe_interpolation)
 
 

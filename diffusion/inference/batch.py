@@ -144,9 +144,7 @@ def sample_to_folder(
     Raises:
         PromptError: batch_size or num_images below 1, or a setting outside its range.
     """
-    for name, value in (("batch size", batch_size), ("num_images", num_images)):
-        if value < 1:
-            raise PromptError(f"{name} {value} must be at least 1")
+    require_at_least_1({"batch size": batch_size, "num_images": num_images})
     folder, settings, on_main = Path(folder), dict(settings or {}), _on_main(ranks)
     facts = recipe_facts(pipeline, model, controlled=settings.get("control_image") is not None)
     jobs = [
@@ -167,6 +165,17 @@ def sample_to_folder(
             paths[job.number] = on_main(partial(save_png, image, job.path, job.recipe))
     done = [paths[job.number] for job in jobs]
     return done, on_main(lambda: _write_grid(jobs, done, folder / "grid.png", facts)) if grid else None
+
+
+def require_at_least_1(counts: Mapping[str, int | None]) -> None:
+    """Refuse counts below 1 by their names; None = not given.
+
+    Raises:
+        PromptError: the first of them.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise PromptError(f"{name} {value} must be at least 1")
 
 
 def _on_main(ranks: Ranks | None) -> Callable[[Callable[[], Any]], Any]:

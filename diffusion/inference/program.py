@@ -16,13 +16,14 @@ from torch import Tensor
 from diffusion.devices import choose_device, choose_dtype
 from diffusion.errors import PromptError, first_line
 from diffusion.images import decode_image
-from diffusion.inference.batch import load_pipeline, read_prompts, sample_to_folder
+from diffusion.inference.batch import load_pipeline, read_prompts, require_at_least_1, sample_to_folder
 from diffusion.inference.lora import fuse_into
 from diffusion.inference.memory import ENCODE_BATCH, Workload, check_plan_name
 from diffusion.inference.parallel import processes_of_start
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
 from diffusion.inference.recipe import save_png
+from diffusion.inference.sizes import read_directives
 from diffusion.inference.solvers import DEFAULT_STEPS, algorithm_name
 from diffusion.inference.styles import apply_style
 
@@ -42,6 +43,7 @@ def draw(args: argparse.Namespace) -> None:
     algorithm = "lcm" if lcm else algorithm_name(args.sampling_algo)
     steps = args.sample_steps if lcm else DEFAULT_STEPS[algorithm] if args.step == -1 else args.step
     prompts = args.prompt or read_prompts(args.txt_file)
+    check_before_loading(args, prompts)
     settings = {"num_inference_steps": steps, **picture_settings(args)}
     prompts, settings["negative_prompt"] = styled(args, prompts)
     pipeline = loaded(args, algorithm)
@@ -86,6 +88,18 @@ def draw(args: argparse.Namespace) -> None:
         print(f"grid: {grid}")
 
 
+def check_before_loading(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Refuse what needs no model to be refused, so that nobody waits for one in vain.
+
+    Raises:
+        PromptError: a count below 1, a directive in a prompt that cannot be read, or an option without effect.
+    """
+    require_at_least_1({"--bs": args.bs, "--num_images": args.num_images, "--preview": args.preview})
+    for prompt in prompts:
+        read_directives(prompt)
+    _require_effect(args)
+
+
 def show_notices() -> None:
     """Let notices and warnings of this package reach stderr."""
     logging.basicConfig(format="%(message)s")
@@ -94,7 +108,6 @@ def show_notices() -> None:
 
 def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that shape the picture; pictures to begin from are read here."""
-    _require_effect(args)
     image, mask, control = (
         None if path is None else decode_image(path) for path in (args.image, args.mask, args.control_image)
     )
@@ -115,12 +128,16 @@ def picture_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _require_effect(args: argparse.Namespace) -> None:
-    """Refuse options that would do nothing without the picture they belong to."""
+    """Refuse options that would do nothing without the one they belong to."""
     for name in ("controlnet", "hed", "condition_strength"):
         if getattr(args, name) is not None and args.control_image is None:
             raise PromptError(f"--{name} is given without --control_image; give the picture to follow")
     if args.strength is not None and args.image is None:
         raise PromptError("--strength is given without --image; give the picture to begin from")
+    if args.lora_scale and not args.lora:
+        raise PromptError("--lora_scale is given without --lora; give the adapter")
+    if not args.fast and (lost := _speed_options(args)):
+        raise PromptError(f"--{next(iter(lost))} is given without --fast; add it")
 
 
 def styled(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], str | None]:
@@ -146,8 +163,6 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
         torch_dtype=choose_dtype(args.dtype, choose_device(args.device), few_steps=algorithm == "lcm"),
     )
     pipeline.set_progress_bar_config(disable=None, leave=False)
-    if args.lora_scale and not args.lora:
-        raise PromptError("--lora_scale is given without --lora; give the adapter")
     if args.lora:
         pipeline.fused_loras = fuse_into(pipeline, args.lora, args.lora_scale)
     return pipeline
@@ -155,13 +170,15 @@ def loaded(args: argparse.Namespace, algorithm: str) -> PixArtPipeline:
 
 def speed_up(pipeline: PixArtPipeline, args: argparse.Namespace) -> None:
     """Fast sampling as the arguments ask for it."""
-    options = {name: getattr(args, name) for name in ("autotune", "fp8", "guidance_until", "reuse_every")}
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
     if args.fast:
         half = pipeline.transformer.dtype == torch.bfloat16 and choose_device(args.device).type == "cuda"
-        pipeline.enable_fast_sampling(vae_bfloat16=half, **given)
-    elif given:
-        raise PromptError(f"--{next(iter(given))} is given without --fast; add it")
+        pipeline.enable_fast_sampling(vae_bfloat16=half, **_speed_options(args))
+
+
+def _speed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of fast sampling that were given."""
+    options = {name: getattr(args, name) for name in ("autotune", "fp8", "guidance_until", "reuse_every")}
+    return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
 def set_plan(pipeline: PixArtPipeline, args: argparse.Namespace, guided: bool) -> str:
@@ -189,8 +206,6 @@ def previews(pipeline: PixArtPipeline, every: int | None, folder: Path) -> Itera
     if every is None:
         yield None
         return
-    if every < 1:
-        raise PromptError(f"--preview {every} must be at least 1")
     show = LatentPreview(pipeline.vae)
     path = folder / "preview.png"
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,21 @@ def parse_directives(prompt: str, model_px: int) -> SizedPrompt:
     Raises:
         PromptError: a directive without two positive numbers, or sides that are too long.
     """
+    text, name, height, width = read_directives(prompt)
+    if name == "ar":
+        tall, wide = binned_size(model_px, height, width)
+        return SizedPrompt(text, tall, wide)
+    return SizedPrompt(text, int(height), int(width), binned=True) if name == "hw" else SizedPrompt(text)
+
+
+def read_directives(prompt: str) -> tuple[str, str | None, float, float]:
+    """A prompt without its directives, the one that decides ("hw", "ar" or None), its height and its width.
+
+    That much needs no model, so a prompt can be refused before one is loaded.
+
+    Raises:
+        PromptError: see `parse_directives`.
+    """
     found = {"ar" if name != "hw" else "hw": value for name, value in _DIRECTIVE.findall(prompt)}
     text = _DIRECTIVE.sub("", prompt).strip()
     for name in ("hw", "ar"):
@@ -65,15 +80,12 @@ def parse_directives(prompt: str, model_px: int) -> SizedPrompt:
             raise PromptError(
                 f"--{name} {found[name]} must be height:width, as in --{name} 9:16 (prompt {text[:60]!r})"
             )
-        if name == "ar":
-            tall, wide = binned_size(model_px, height, width)
-            return SizedPrompt(text, tall, wide)
-        if max(height, width) > MAX_SIDE_PX or height % 1 or width % 1:
+        if name == "hw" and (max(height, width) > MAX_SIDE_PX or height % 1 or width % 1):
             raise PromptError(
                 f"--hw {found[name]} must be two whole numbers of px, at most {MAX_SIDE_PX} (prompt {text[:60]!r})"
             )
-        return SizedPrompt(text, int(height), int(width), binned=True)
-    return SizedPrompt(text)
+        return text, name, height, width
+    return text, None, 0.0, 0.0
 
 
 def warn_of_untrained_area(model_px: int, height: int, width: int) -> None:
@@ -81,6 +93,7 @@ def warn_of_untrained_area(model_px: int, height: int, width: int) -> None:
     share = height * width / model_px**2
     if not 0.5 <= share <= 2:
         _logger.warning(
-            "%dx%d px has %.2g times the area that this model was trained on (%d px); expect poor pictures",
+            "%dx%d px has %.2g times the area that this model was trained on (%d px); expect poor pictures, or give "
+            "no size to draw its own",
             height, width, share, model_px,
         )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from diffusion.checkpoints import (
     config_to_diffusers,
@@ -15,6 +18,7 @@ from diffusion.checkpoints import (
     native_to_diffusers,
     open_checkpoint,
     read_native,
+    save_transformer,
 )
 from diffusion.checkpoints.conversion import require_flags, write_diffusers, write_native
 from diffusion.checkpoints.keys import NATIVE_ONLY
@@ -177,6 +181,76 @@ def test_the_readme_commands_convert_a_whole_pipeline_and_back(tmp_path: Path, r
     assert done.returncode == 0, done.stderr
     assert same_tensors(read_native(tmp_path / "back.pth"), dict(model.state_dict()))
     assert open_checkpoint(tmp_path / "comfy.safetensors").found.config == model.config
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything of a pipeline but its transformer."""
+    folder = write_tiny_pipeline_parts(tmp_path_factory.mktemp("conversion") / "parts")
+    DPMSolverMultistepScheduler().save_pretrained(str(folder / "scheduler"))
+    libraries = {"text_encoder": "transformers", "tokenizer": "transformers", "vae": "diffusers"}
+    classes = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer", "vae": "AutoencoderKL"}
+    index = {name: [libraries[name], classes[name]] for name in classes}
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline", **index}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "side", "scale"),
+    [([], 64, 1.0), (["--image_size", 256], 32, 0.5), (["--image_size", 1024, "--multistep", "True"], 128, 2.0)],
+)
+def test_the_command_of_sigma_makes_a_pipeline_of_a_file_that_tells_nothing(
+    flags: list[object], side: int, scale: float, parts: Path, tmp_path: Path, run: Door
+) -> None:
+    model = small_model(caption_channels=TINY_TEXT_CHANNELS, model_max_length=300)
+    tensors = {key: tensor.contiguous() for key, tensor in native_to_diffusers(model.state_dict()).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = ["tools/convert_diffusers_to_pipeline.py", "--safetensors_path", tmp_path / "model.safetensors"]
+    command += ["--output_folder", tmp_path / "out", "--pipeline_load_from", parts, "--num_heads", 2, *flags]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"found: PixArt-sigma {8 * side} px" in done.stdout
+    assert same_tensors(load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"), tensors)
+    pipe = PixArtSigmaPipeline.from_pretrained(str(tmp_path / "out"))
+    assert (pipe.transformer.config.sample_size, pipe.transformer.config.interpolation_scale) == (side, scale)
+    assert not pipe.transformer.config.use_additional_conditions
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": 64, "width": 64, "use_resolution_binning": False}
+    assert pipe("a cat", num_inference_steps=2, clean_caption=False, **sizes).images[0].size == (64, 64)
+
+
+def test_a_pipeline_of_a_file_that_tells_what_it_is(parts: Path, tmp_path: Path, run: Door) -> None:
+    save_transformer(small_model(caption_channels=TINY_TEXT_CHANNELS), tmp_path / "alpha")
+    write_native(open_checkpoint(tmp_path / "alpha"), tmp_path / "alpha.safetensors")
+    command = ["tools/convert_diffusers_to_pipeline.py", "--output_folder", tmp_path / "out"]
+    command += ["--pipeline_load_from", parts, "--safetensors_path"]
+    done = run(*command, tmp_path / "alpha.safetensors", "--image_size", 512)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "is a model for 64 px" in done.stderr and "give 64 or leave it out" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(*command, tmp_path / "alpha.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "found: PixArt-alpha 64 px" in done.stdout and "120 caption tokens" in done.stdout
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
+    assert run(*command, tmp_path / "alpha.safetensors").stderr.count("exists") == 1
+
+
+def test_the_code_of_the_docs_mixes_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "lerp" in code]
+    first, second = small_model(), small_model()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(1)
+    save_transformer(first, tmp_path / "first")
+    save_transformer(second, tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    mixed = open_checkpoint("mixed").state_dict
+    for key, parameter in first.named_parameters():
+        torch.testing.assert_close(mixed[key], parameter.detach() + 0.3)
 
 
 def test_bad_flags_are_explained(tmp_path: Path, run: Door) -> None:

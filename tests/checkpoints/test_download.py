@@ -128,6 +128,16 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
         find_published("PixArt-XL-2-512x512.pt")
 
 
+def test_a_misspelt_name_is_answered_with_the_nearest(tmp_path: Path, run: Door) -> None:
+    for given, nearest in (("PixArt-XL-2-512x512.pt", MODEL), ("pixart-sigma-xl-2-512-ms", "PixArt-Sigma-XL-2-512-MS")):
+        done = run("tools/download.py", "--model_names", given, "--output_dir", tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"{given!r} is no published PixArt file; did you mean {nearest!r}?" in done.stderr
+    done = run("tools/download.py", "--model_names", "stable-diffusion", "--output_dir", tmp_path)
+    assert "choose one of T5, VAE, " in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_refused_before_anything_is_fetched(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

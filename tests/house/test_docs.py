@@ -200,6 +200,13 @@ def test_migration_names_files_flags_and_keys_that_exist(flags_of) -> None:  # t
         for left, right in rows(part):
             given = [name for name in names(left) + names(right) if name.startswith("--")]
             assert [flag for flag in given if flag not in known] == [], (title, left)
+    sigma = re.search(r"^## Programs of PixArt-Sigma\n(.*?)(?=^## )", text, re.M | re.S)[1]  # type: ignore[index]
+    for left, right in rows(sigma):
+        programs = PROGRAM.findall(right)
+        assert all((ROOT / program).is_file() for program in programs), (left, right)
+        known = set().union(*(flags_of(program) for program in programs))
+        given = {name.split()[0] for name in names(right) if name.startswith("--")}
+        assert given <= known, (left, right)
     known_keys = {key[0] for key in all_keys(TrainConfig)}
     for left, _ in rows(keys):
         assert [name for name in names(left) if name not in known_keys] == []

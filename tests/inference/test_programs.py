@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from diffusion.checkpoints import open_checkpoint
 from diffusion.checkpoints.conversion import write_native
@@ -128,6 +129,101 @@ def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monk
     assert recipe["negative_prompt"].startswith("dog, cartoon")
 
 
+@pytest.mark.parametrize("kind", ["folder", "native"])
+def test_a_size_far_from_training_is_drawn_and_said(
+    kind: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    native = write_native(open_checkpoint(pipeline_folder), tmp_path / "native.safetensors")
+    model = pipeline_folder if kind == "folder" else native
+    arguments = ["--model_path", str(model), "--pipeline_load_from", str(pipeline_folder), "--device", "cpu"]
+    for size, said in (("64", False), ("128", True)):
+        caplog.clear()
+        options = ["--prompt", "a cat", "--step", "1", "--image_size", size, "--output", str(tmp_path / size)]
+        run(monkeypatch, "inference.py", *arguments, *options)
+        (path,) = (tmp_path / size).iterdir()
+        assert Image.open(path).size == (int(size), int(size))
+        warning = "128x128 px has 4 times the area that this model was trained on (64 px)"
+        assert (warning in caplog.text and "give no size to draw its own" in caplog.text) is said
+
+
+DIRTY = "red apple (http://example.com/a) #1234567 & <b>cat</b>"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "reached"),
+    [
+        ("native", [], "red apple cat"),  # the original cleaned prompts twice
+        ("native", ["--no-clean_caption"], DIRTY),
+        ("folder", [], DIRTY),
+        ("folder", ["--clean_caption"], "red apple cat"),
+    ],
+)
+def test_clean_caption_decides_which_text_reaches_the_tokenizer(
+    kind: str, flags: list[str], reached: str, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = write_native(open_checkpoint(pipeline_folder), tmp_path / "native.safetensors")
+    texts: list[str] = []
+    tokenize = PreTrainedTokenizerBase.__call__
+
+    def watched(self: PreTrainedTokenizerBase, text: list[str], **options: Any) -> Any:
+        texts.extend(text)
+        return tokenize(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", watched)
+    model = pipeline_folder if kind == "folder" else native
+    arguments = ["--model_path", str(model), "--pipeline_load_from", str(pipeline_folder), "--device", "cpu"]
+    options = ["--prompt", DIRTY, "--step", "1", *flags, "--output", str(tmp_path / "out")]
+    run(monkeypatch, "inference.py", *arguments, *options)
+    assert [text for text in texts if text] == [reached]  # and "" for the null caption
+    (path,) = (tmp_path / "out").iterdir()
+    assert read_recipe(path).get("clean_caption", False) is (reached != DIRTY)
+
+
+@pytest.mark.parametrize("script", ["inference.py", "inference_lcm.py"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bs", "0"], "--bs 0 must be at least 1"),
+        (["--bs", "-2"], "--bs -2 must be at least 1"),
+        (["--bs", "two"], "argument --bs: invalid int value: 'two'"),
+        (["--num_images", "0"], "--num_images 0 must be at least 1"),
+        (["--preview", "0"], "--preview 0 must be at least 1"),
+        (["--prompt", "a dog --ar 9"], "--ar 9 must be height:width, as in --ar 9:16 (prompt 'a dog')"),
+        (["--prompt", "a dog --hw 0:64"], "--hw 0:64 must be height:width, as in --hw 9:16 (prompt 'a dog')"),
+        (["--prompt", "a dog --hw 64:9000"], "--hw 64:9000 must be two whole numbers of px, at most 8192"),
+        (["--lora_scale", "2"], "--lora_scale is given without --lora"),
+        (["--fp8"], "--fp8 is given without --fast; add it"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    script: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(*places: object, **options: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("diffusion.inference.program.load_pipeline", load)
+    base = ["--prompt", "a cat", "--device", "cpu", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_info:
+        run(monkeypatch, script, *base, *arguments)
+    error = capsys.readouterr().err
+    assert (exit_info.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {message}")
+
+
+def test_a_directive_in_a_prompt_file_is_read_before_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --ar 1:1\na dog --hw 64\n")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "inference.py", "--txt_file", str(tmp_path / "prompts.txt"), "--model_path", "gone")
+    assert capsys.readouterr().err.startswith("error: --hw 64 must be height:width")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,10 +233,7 @@ def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monk
         (["--cfg_scale", "nan"], "error: guidance_scale=nan must be a finite number"),
         (["--memory", "6gb"], "error: memory='6gb' is unknown; did you mean '8gb'"),
         (["--style", "Cinema"], "error: style='Cinema' is unknown; did you mean 'Cinematic'"),
-        (["--preview", "0"], "error: --preview 0 must be at least 1"),
-        (["--prompt", "a --ar 1"], "error: --ar 1 must be height:width, as in --ar 9:16"),
         (["--image", "gone.png"], "error: gone.png"),
-        (["--fp8"], "error: --fp8 is given without --fast; add it"),
         (["--fast", "--guidance_until", "2"], "error: guidance_until=2.0 must lie in 0..1"),
         (["--fast", "--reuse_every", "0"], "error: reuse_every=0 must be"),
         (["--strength", "0.5"], "error: --strength is given without --image"),

@@ -48,7 +48,7 @@ def test_areas_far_from_training_are_said(caplog: pytest.LogCaptureFixture) -> N
         warn_of_untrained_area(1024, 1344, 768)
         assert caplog.text == ""
         warn_of_untrained_area(1024, 512, 512)
-    assert "512x512 px has 0.25 times the area" in caplog.text
+    assert "512x512 px has 0.25 times the area" in caplog.text and "give no size to draw its own" in caplog.text
 
 
 @pytest.mark.parametrize(
