@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def _threads_and_uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("client"))  # gradio_client leaves folders
     yield
+    tempfile.tempdir = before
     torch.set_num_threads(threads)
 
 
