@@ -12,21 +12,25 @@ from diffusion.config import train_parser
 from diffusion.errors import run_cli
 
 EXAMPLE = "python train_scripts/train_controlnet.py configs/emoji/emoji_controlnet.py --work-dir output/controlnet"
+_FLAGS = {
+    "lr": "optimizer.lr",
+    "resume_optimizer": "resume_from.resume_optimizer",
+    "resume_lr_scheduler": "resume_from.resume_lr_scheduler",
+}
 
 
 def main() -> None:
     parser = train_parser(__doc__, EXAMPLE)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--lr", type=float, help="learning rate, instead of the config's optimizer.lr")
-    add("--resume_optimizer", action=switch, default=True, help="restore the optimiser's moments")
-    add("--resume_lr_scheduler", action=switch, default=True, help="restore the position in the learning-rate schedule")
+    add("--resume_optimizer", action=switch, help="restore the optimiser's moments; absent: the config's")
+    add("--resume_lr_scheduler", action=switch, help="restore the schedule's position; absent: the config's")
     args = parser.parse_args()
 
     from diffusion.training.control import ControlNet
     from diffusion.training.program import train
 
-    resume = [f"resume_from.{name}={getattr(args, name)}" for name in ("resume_optimizer", "resume_lr_scheduler")]
-    train(args, ControlNet(), [*resume, *([] if args.lr is None else [f"optimizer.lr={args.lr!r}"])])
+    train(args, ControlNet(), _FLAGS)
 
 
 if __name__ == "__main__":

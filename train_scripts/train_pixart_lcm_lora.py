@@ -20,7 +20,7 @@ def main() -> None:
     from diffusion.training.distillation import LCMLoRA
     from diffusion.training.program import train
 
-    train(args, LCMLoRA(), [] if args.lora_rank is None else [f"lora_rank={args.lora_rank}"])
+    train(args, LCMLoRA(), {"lora_rank": "lora_rank"})
 
 
 if __name__ == "__main__":

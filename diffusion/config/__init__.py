@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusion.config.cli import config_overrides, train_parser
+from diffusion.config.cli import config_overrides, flag_overrides, train_parser
 from diffusion.config.loader import config_from_json, load_config
 from diffusion.config.problems import check_choice
 from diffusion.config.reference import describe_keys
@@ -34,6 +34,7 @@ __all__ = [
     "config_from_json",
     "config_overrides",
     "describe_keys",
+    "flag_overrides",
     "load_config",
     "run_cli",
     "train_parser",

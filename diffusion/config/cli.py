@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from diffusion.config.arguments import ArgumentParser
 
 CLOUD_DATA_ROOT = "/data/data"
+# The LoRA program has the original's name for it, and takes those of the others, which messages give.
+RESUME_FLAGS = ("--resume-from", "--resume_from", "--resume_from_checkpoint")
 _EXAMPLE = "python train_scripts/train.py configs/emoji/emoji_256.py --work-dir output/my-run"
 
 
@@ -39,6 +42,21 @@ class _LocalRank(argparse.Action):
         setattr(namespace, self.dest, int(os.environ.get("LOCAL_RANK") or values))
 
 
+def reporter(name: str) -> str:
+    """The value of --report_to; the original let accelerate look for any tracker.
+
+    Raises:
+        argparse.ArgumentTypeError: another one, with what to do instead.
+    """
+    if name in ("tensorboard", "none"):
+        return name
+    upload = ", or upload its files with `pip install wandb && wandb sync WORK_DIR/logs`" if name == "wandb" else ""
+    raise argparse.ArgumentTypeError(
+        f"{name} is not offered; take tensorboard (`tensorboard --logdir WORK_DIR/logs` shows it{upload}) or none; "
+        "metrics.jsonl in the run folder holds everything either way"
+    )
+
+
 def add_hub_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that upload a finished run; see `diffusion.training.publishing`."""
     add = parser.add_argument
@@ -60,7 +78,7 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> ArgumentPa
     add("config", help="config file (.py)")
     add = parser.add_argument_group("run").add_argument
     add("--work-dir", "--work_dir", help="folder of logs and checkpoints, instead of the config's work_dir")
-    add("--resume-from", "--resume_from", help="checkpoint folder to continue, or 'latest' of the work-dir")
+    add(*RESUME_FLAGS[:2], help="checkpoint folder to continue, or 'latest' of the work-dir")
     add(
         "--allow-config-change",
         "--allow_config_change",
@@ -91,9 +109,9 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> ArgumentPa
     add(
         "--report_to",
         "--report-to",
-        choices=("tensorboard", "none"),
+        type=reporter,
         default="tensorboard",
-        help="where metrics go, beside metrics.jsonl",
+        help="where metrics go, beside metrics.jsonl: tensorboard or none",
     )
     add("--tracker_project_name", default="text2image-fine-tune", help="TensorBoard run name")
     add("--loss_report_name", default="loss", help="TensorBoard tag of the training loss")
@@ -109,6 +127,16 @@ def train_parser(description: str | None, example: str = _EXAMPLE) -> ArgumentPa
     add_hub_flags(parser)
     add("--debug", action=_Debug, nargs=0, default=False, help="show tracebacks of errors; training is not changed")
     return parser
+
+
+def flag_overrides(args: argparse.Namespace, keys: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Overrides for `load_config` by a program's own flags, and the names of those flags for its errors.
+
+    Args:
+        keys: flag without dashes -> config key. Flags that are not given leave the config's values.
+    """
+    given = {name: value for name in keys if (value := getattr(args, name)) is not None}
+    return [f"{keys[name]}={value!r}" for name, value in given.items()], {keys[name]: f"--{name}" for name in given}
 
 
 def config_overrides(args: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusion.config.arguments import ArgumentParser
-from diffusion.config.cli import add_hub_flags
+from diffusion.config.cli import RESUME_FLAGS, add_hub_flags, reporter
 
 _EXAMPLE = """example:
   python train_scripts/train_pixart_lora_hf.py --pretrained_model_name_or_path=PixArt-alpha/PixArt-XL-2-1024-MS \\
@@ -131,12 +131,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_results(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("results").add_argument
     folder = "pixart-model-finetuned-lora"
-    add("--output_dir", dest="work_dir", default=folder, help="run folder; the adapter is in it at the end")
+    text = "run folder; the adapter is in it at the end"
+    add("--output_dir", "--work-dir", "--work_dir", dest="work_dir", default=folder, help=text)
     add("--logging_dir", help="TensorBoard files are in <output_dir>/logs; another folder is not offered")
-    add("--report_to", default="tensorboard", help="tensorboard or none, beside metrics.jsonl")
+    add("--report_to", type=reporter, default="tensorboard", help="tensorboard or none, beside metrics.jsonl")
     add("--checkpointing_steps", type=int, default=500, help="optimiser steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="newest checkpoints kept, at least 2; when absent all")
-    add("--resume_from_checkpoint", dest="resume_from", help="checkpoint folder, or latest")
+    add(*reversed(RESUME_FLAGS), dest="resume_from", help="checkpoint folder, or latest")
     text = "resume although flags or data that change the training are others; they are listed"
     add("--allow_config_change", "--allow-config-change", action="store_true", help=text)
     add("--validation_prompt", help="drawn before, during and after training; when absent nothing is drawn")

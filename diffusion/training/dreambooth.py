@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusion.config import DataConfig, TrainConfig, config_overrides, load_config
+from diffusion.checkpoints.files import locate
+from diffusion.config import DataConfig, TrainConfig, config_overrides, flag_overrides, load_config
 from diffusion.errors import ConfigError, DataError
 from diffusion.features import ExtractionSettings
 from diffusion.features.extract import Encoders
@@ -49,14 +50,12 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
     Raises:
         PixArtError: a flag, the config, the model or the pictures cannot be used.
     """
-    given = {name: value for name in _FLAGS if (value := getattr(args, name)) is not None}
-    overrides = [f"{_FLAGS[name]}={value!r}" for name, value in given.items()]
+    overrides, named = flag_overrides(args, _FLAGS)
     if args.train_class is not None and Path(args.train_class).is_dir():  # else below data_root, as the original's
         overrides.append(f"data.root={str(Path(args.train_class).resolve())!r}")
     if args.prompt is not None:
         overrides.append(f"data.prompt={[args.prompt]!r}")
-    named = {_FLAGS[name]: f"--{name}" for name in given}
-    config = load_config(args.config, [*overrides, *config_overrides(args)], choices=choices, flags=named)
+    config = load_config(args.config, [*config_overrides(args), *overrides], choices=choices, flags=named)
     check_prompts(config)
     for name in ("num_class_images", "prior_weight"):
         if getattr(args, name) is not None and config.data.class_prompt is None:
@@ -70,6 +69,10 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
         if resume_from is None:
             refuse_existing_run(work_dir)
     configure_logging(work_dir, is_main=ranks.is_main)
+    if config.data.token is None and config.data.class_prompt is None:
+        LOGGER.info("no --token, no --class_prompt: nobody checks that %r has a word of its own", config.data.prompt[0])
+    if resume_from is None and config.load_from is not None:
+        locate(config.load_from)  # before pictures are encoded for a model that is not there
     return train_config(args, with_features(config, work_dir, ranks), ranks=ranks)
 
 
@@ -92,12 +95,12 @@ def check_prompts(config: TrainConfig) -> None:
     for name, text in (("prompt", prompt), ("class_prompt", data.class_prompt), ("token", token)):
         if text is not None and not text.strip():
             raise ConfigError(f"data.{name} is empty; give words" + ("" if name == "prompt" else ", or leave it out"))
-    if token is not None and token.lower() not in _words(prompt):
+    if token is not None and not _contains(prompt, token):
         raise ConfigError(f"data.prompt={prompt!r} does not contain the token {token!r}; name the subject by it")
     if data.class_prompt is None:
         return
-    new = [word for word in _words(prompt) if word not in _words(data.class_prompt)]
-    if not new or (token is not None and token.lower() not in new):
+    new = set(_words(prompt)) - set(_words(data.class_prompt))
+    if not new or (token is not None and _contains(data.class_prompt, token)):
         raise ConfigError(
             f"data.prompt={prompt!r} has no word that data.class_prompt={data.class_prompt!r} lacks; put a rare word "
             "for the subject into the prompt alone, as 'sks'"
@@ -184,6 +187,12 @@ def draw_class(config: TrainConfig, data: DataConfig, folder: Path, pretrained: 
         gc.collect()
     ranks.barrier()
     return folder
+
+
+def _contains(prompt: str, token: str) -> bool:
+    """Whether a prompt has a token, which may be several words or be set off by signs (`<sks>`)."""
+    words = _words(token)
+    return bool(words) and f" {' '.join(words)} " in f" {' '.join(_words(prompt))} "
 
 
 def _words(text: str) -> list[str]:

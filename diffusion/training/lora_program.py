@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffusion.checkpoints.hub import is_dataset_id
 from diffusion.config import TrainConfig
 from diffusion.config.problems import KeyPath
 from diffusion.errors import ConfigError, DataError
@@ -165,10 +166,6 @@ def _refuse(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is not offered: {remedy}")
     if args.logging_dir not in (None, "logs"):
         raise ConfigError(f"--logging_dir {args.logging_dir} is not offered; events are in --output_dir/logs")
-    if args.report_to not in ("tensorboard", "none"):
-        raise ConfigError(
-            f"--report_to {args.report_to} is not offered; use tensorboard or none, or read metrics.jsonl"
-        )
     for name in ("train_batch_size", "gradient_accumulation_steps", "validation_epochs", "num_validation_images"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -192,7 +189,7 @@ def _source(args: argparse.Namespace) -> Source:
         os.environ["HF_DATASETS_CACHE"] = args.cache_dir
     columns = Columns(args.image_column, args.caption_column)
     place = args.train_data_dir or args.dataset_name
-    if args.train_data_dir is None and not Path(place).exists():
+    if args.train_data_dir is None and is_dataset_id(place):
         place = f"hub:{place}" + (f"@{args.dataset_config_name}" if args.dataset_config_name else "")
     if args.dataset_name in _WITHDRAWN and place.startswith("hub:"):
         raise DataError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from diffusion.config import TrainConfig, config_overrides, load_config
+from diffusion.config import TrainConfig, config_overrides, flag_overrides, load_config
 from diffusion.models import model_names
 from diffusion.ranks import Ranks
 from diffusion.training.adapter_family import family_of
@@ -17,18 +17,18 @@ from diffusion.training.run_log import close_log
 from diffusion.training.trainer import Trainer
 
 
-def train(args: argparse.Namespace, family: Family | None = None, overrides: Sequence[str] = ()) -> None:
+def train(args: argparse.Namespace, family: Family | None = None, flags: Mapping[str, str] | None = None) -> None:
     """Run a training program: arguments of `train_parser`.
 
     Args:
         family: None = what the config asks for.
-        overrides: of config keys, by flags of the program's own.
+        flags: of the program's own, see `flag_overrides`.
     Raises:
         PixArtError: see `load_config` and `Trainer`.
     """
-    train_config(
-        args, load_config(args.config, [*config_overrides(args), *overrides], choices={"model": model_names}), family
-    )
+    own, named = flag_overrides(args, flags or {})
+    overrides = [*config_overrides(args), *own]
+    train_config(args, load_config(args.config, overrides, choices={"model": model_names}, flags=named), family)
 
 
 def train_config(

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion.adapters import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from diffusion.checkpoints.branch import BRANCH_FOLDER
-from diffusion.checkpoints.hub import CLIENT_LIBRARIES, endpoint
+from diffusion.checkpoints.hub import CLIENT_LIBRARIES, endpoint, why_unreachable
 from diffusion.checkpoints.training_state import latest_checkpoint
 from diffusion.errors import CheckpointError, ConfigError, PixArtError
 from diffusion.training.model_card import CARD
@@ -29,7 +29,10 @@ def require_account(token: str | None = None) -> str:
         ConfigError: the hub cannot be reached, or knows no such token.
     """
     remedy = "run `hf auth login`, or set HF_ENDPOINT"
-    with _explained(f"--push_to_hub: no account on {endpoint()}", remedy, ConfigError):
+    what = f"--push_to_hub: no account on {endpoint()}"
+    if (reason := why_unreachable()) is not None:
+        raise ConfigError(f"{what} ({reason}); {remedy}")
+    with _explained(what, remedy, ConfigError):
         return str(_client(token).whoami()["name"])
 
 

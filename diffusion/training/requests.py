@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from diffusion.config.cli import RESUME_FLAGS
 from diffusion.ranks import Ranks
 
 SAVE_NOW = "SAVE_NOW"
@@ -97,8 +98,8 @@ class Requests:
 
 def resume_command(ranks: Ranks) -> str:
     """The command of this process, continued."""
-    words = [word for word in sys.argv if not word.startswith(("--resume-from=", "--resume_from="))]
-    for flag in ("--resume-from", "--resume_from"):
+    words = [word for word in sys.argv if not word.startswith(tuple(f"{flag}=" for flag in RESUME_FLAGS))]
+    for flag in RESUME_FLAGS:
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
     local = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world_size))

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffusion.checkpoints import read_transformer
+from diffusion.checkpoints.hub import no_such_path
 from diffusion.config import TrainConfig
 from diffusion.config.problems import KeyPath, explain
 from diffusion.errors import CheckpointError, ConfigError
@@ -27,6 +28,10 @@ def model_keys(model: str, image_size: int | None = None) -> dict[str, Any]:
         CheckpointError: no such model, or one that the trainer cannot build.
     """
     folder = pipeline_folder(model)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{no_such_path(model)}; give a diffusers pipeline folder, or the name of a model of the hub, OWNER/NAME"
+        )
     missing = [name for name in ("transformer", "text_encoder", "tokenizer", "vae") if not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(

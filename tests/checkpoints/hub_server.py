@@ -1,20 +1,22 @@
-"""A hub on this machine: the three routes that downloads use, over real HTTP, with ranges and broken connections."""
+"""A hub on this machine: the routes that downloads use, over real HTTP, with ranges and broken connections."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 
 COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` (repository -> name -> content).
+    """Serves `files` (repository -> name -> content); the repository of a data set is `datasets/owner/name`.
 
     break_after: bytes of a file after which the next GET's connection is cut; None = never.
     ranges: the Range headers that came. statements: sha256 that the listing states instead of the true one.
@@ -61,29 +63,46 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, body: bool) -> None:
         path = self.path.split("?")[0].strip("/")
-        if path.startswith("api/models/"):
-            owner, name, route = path.removeprefix("api/models/").split("/", 2)
-            files = self.server.files.get(f"{owner}/{name}")
+        if not path:  # whether anybody is there
+            self._send(200, b"")
+            return
+        api = re.fullmatch(r"api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree)/[^/]+/?(.*)|)", path)
+        if api is not None:
+            repository, route, folder = api.groups()
+            files = self.server.files.get(repository)
             if files is None:
                 self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-            elif route.startswith("revision/"):
+            elif route != "tree":
                 siblings = [{"rfilename": file} for file in files]
                 info = {
-                    "id": f"{owner}/{name}",
+                    "id": repository.removeprefix("datasets/"),
                     "sha": COMMIT,
                     "siblings": siblings,
                     "cardData": {"license": "openrail++"},
                 }
                 self._send(200, json.dumps({**info, "private": False, "tags": [], "downloads": 0}).encode())
-            else:
+            elif "recursive=true" in self.path.lower():
                 self._send(200, json.dumps([self._entry(*item) for item in files.items()]).encode())
+            else:
+                self._send(200, json.dumps(self._children(files, folder)).encode())
             return
-        owner, name, _, _, file = path.split("/", 4)
-        content = self.server.files.get(f"{owner}/{name}", {}).get(file)
+        repository, _, file = path.partition("/resolve/")
+        content = self.server.files.get(repository, {}).get(file.partition("/")[2])
+        if content is None and repository.startswith("datasets/") and repository not in self.server.files:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            return
         if content is None:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             return
         self._send_file(content, body)
+
+    def _children(self, files: dict[str, bytes], folder: str) -> list[dict]:
+        inner = [name.removeprefix(f"{folder}/") for name in files if not folder or name.startswith(f"{folder}/")]
+        first = dict.fromkeys(str(PurePosixPath(folder, name.split("/")[0])) for name in inner)
+        return [
+            self._entry(name, files[name]) if name in files else {"type": "directory", "path": name, "oid": COMMIT}
+            for name in first
+        ]
 
     def _entry(self, name: str, content: bytes) -> dict:
         entry = {"type": "file", "path": name, "size": len(content)}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 
 from diffusion.checkpoints import open_checkpoint
 from diffusion.checkpoints.download import download, list_published
-from diffusion.checkpoints.hub import parse_hub_id
 from diffusion.checkpoints.published import PUBLISHED, RECORDED, find_published
 from diffusion.errors import CheckpointError, StorageError
 from tests.checkpoints.hub_server import Hub, running_hub
@@ -165,16 +164,6 @@ def test_hub_ids_open_like_local_paths(hub: Hub, tmp_path: Path) -> None:
         open_checkpoint("someone/absent")
     with pytest.raises(CheckpointError, match="someone/native has no no.pth"):
         open_checkpoint("someone/native/no.pth")
-
-
-def test_local_paths_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "output").mkdir()
-    assert parse_hub_id("output/run") is None
-    assert parse_hub_id("owner/name") == ("owner/name", None)
-    assert parse_hub_id("owner/name/a/b.pth") == ("owner/name", "a/b.pth")
-    assert parse_hub_id("/absolute/path") is None
-    assert parse_hub_id("./owner/name") is None
 
 
 def test_the_list_needs_no_network(tmp_path: Path) -> None:

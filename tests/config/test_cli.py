@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.config import config_overrides, load_config, train_parser
+from diffusion.config import config_overrides, flag_overrides, load_config, train_parser
+from diffusion.config.arguments import ArgumentParser
+from diffusion.config.dreambooth_cli import dreambooth_parser
+from diffusion.config.lora_cli import lora_parser
+from diffusion.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -77,6 +81,34 @@ def test_bad_flags_exit_2(flags: list[str], capsys: pytest.CaptureFixture[str]) 
         train_parser("Train.").parse_args(["c.py", *flags])
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "parser", [train_parser("Train."), lora_parser("Train."), dreambooth_parser("Train.")], ids=["train", "lora", "db"]
+)
+def test_other_trackers_are_refused_with_what_to_do(parser: ArgumentParser, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["c.py", "--report_to", "wandb"])
+    said = capsys.readouterr().err
+    assert "wandb is not offered; take tensorboard (`tensorboard --logdir WORK_DIR/logs` shows it, or upload" in said
+    assert "`pip install wandb && wandb sync WORK_DIR/logs`) or none; metrics.jsonl in the run folder holds" in said
+    with pytest.raises(SystemExit):
+        parser.parse_args(["c.py", "--report_to", "all"])
+    said = capsys.readouterr().err
+    assert "all is not offered; take tensorboard" in said and "wandb" not in said
+
+
+def test_flags_of_a_program_s_own_are_named_in_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text('data = dict(type="Store", root="features")\n')
+    parser = train_parser("Train.")
+    parser.add_argument("--lora_rank", type=int)
+    parser.add_argument("--lr", type=float)
+    args = parser.parse_args([str(path), "--lora_rank", "0", "--cfg-options", "lora_rank=4"])
+    own, named = flag_overrides(args, {"lora_rank": "lora_rank", "lr": "optimizer.lr"})
+    assert (own, named) == (["lora_rank=0"], {"lora_rank": "--lora_rank"})
+    with pytest.raises(ConfigError, match="^--lora_rank: lora_rank=0 must be greater than 0"):
+        load_config(path, [*config_overrides(args), *own], flags=named, notify=print)
 
 
 HELP = """

@@ -4,14 +4,19 @@ import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from diffusion.errors import DataError
 from diffusion.features.sources import Source, open_source
+from tests.checkpoints.hub_server import running_hub
 
 
 def picture(path: Path, color: str = "red", size: tuple[int, int] = (8, 6)) -> Path:
@@ -164,10 +169,46 @@ def test_parquet_and_saved_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_source(tmp_path / "d")
 
 
-def test_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="hub:nobody/nothing cannot be opened as a data set"):
+def ask(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does before the libraries are imported."""
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def test_a_data_set_of_the_hub_and_the_copy_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"image": [{"bytes": picture(tmp_path / "a.png").read_bytes(), "path": None}], "text": ["one"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    files = {"README.md": b"# tiny", "data/train-00000-of-00001.parquet": (tmp_path / "x.parquet").read_bytes()}
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with running_hub({"datasets/someone/tiny": files}) as hub:
+        ask(hub.address, monkeypatch)
+        assert summary(open_source("hub:someone/tiny")) == [("000000000", ("one",))]
+        with pytest.raises(DataError, match=r"^nobody/nothing is no file or folder here and no data set that http"):
+            open_source("hub:nobody/nothing")
+    ask("http://127.0.0.1:9", monkeypatch)
+    begun = time.monotonic()
+    assert summary(open_source("hub:someone/tiny")) == [("000000000", ("one",))]
+    with pytest.raises(DataError, match=r"^nobody/nothing is no file or folder here, and http\S+ could not be") as said:
         open_source("hub:nobody/nothing")
+    assert time.monotonic() - begun < 8  # the library alone: 31 s for each
+    assert "fetch http://127.0.0.1:9/datasets/nobody/nothing elsewhere and give its local path" in str(said.value)
+    assert f"{tmp_path / 'cache'} (with HF_HUB_OFFLINE=1 nothing is asked)" in str(said.value)
+    assert datasets.config.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set"):
+        open_source("hub:nobody/nothing")
+
+
+def test_a_data_set_as_the_hub_s_own_download_leaves_it(tmp_path: Path) -> None:
+    table = pa.table({"image": [{"bytes": picture(tmp_path / "a.png").read_bytes(), "path": None}], "text": ["one"]})
+    (tmp_path / "tiny/data").mkdir(parents=True)
+    (tmp_path / "tiny/README.md").write_text("# tiny")
+    pq.write_table(table, tmp_path / "tiny/data/train-00000-of-00001.parquet")
+    assert summary(open_source(tmp_path / "tiny")) == [("000000000", ("one",))]
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

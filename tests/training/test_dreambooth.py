@@ -89,6 +89,8 @@ def test_without_it_as_an_adapter_and_resumed(door: Door, config_file: Path, tmp
         (["data.token='xyz'"], r"data\.prompt='a photo of sks dog' does not contain the token 'xyz'"),
         (["data.class_prompt='a photo of sks dog'"], r"has no word that data\.class_prompt=.* lacks; put a rare word"),
         (["data.token='dog'", "data.class_prompt='a dog'"], r"has no word that data\.class_prompt='a dog' lacks"),
+        (["data.token='sks cat'"], r"does not contain the token 'sks cat'"),
+        (["data.token='***'"], r"does not contain the token '\*\*\*'"),
         (["data.prompt=['a', 'b']"], r"must hold one prompt"),
         (["load_from=None"], r"give its weights with --load-from"),
         (["data.prior_weight=0"], r"data\.prior_weight=0 must be greater than 0"),
@@ -99,6 +101,29 @@ def test_without_it_as_an_adapter_and_resumed(door: Door, config_file: Path, tmp
 def test_prompts_that_cannot_work(options: list[str], message: str, config_file: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         check_prompts(load_config(config_file, options, notify=lambda line: None))
+
+
+@pytest.mark.parametrize("token", ["sks", "SKS", "<sks>", "sks dog"])
+def test_tokens_that_the_prompt_holds(token: str, config_file: Path) -> None:
+    options = [f"data.token={token!r}", "data.class_prompt='a photo of a dog'"]
+    check_prompts(load_config(config_file, options, notify=lambda line: None))
+
+
+def test_a_prompt_that_nothing_can_check_is_said(door: Door, config_file: Path, tmp_path: Path) -> None:
+    command = ["train_scripts/train_dreambooth.py", config_file, "--load-from", tmp_path / "gone", "--prompt", "a dog"]
+    unchecked = "nobody checks that 'a dog' has a word of its own"
+    first = door(*command, "--work-dir", tmp_path / "a")
+    assert first.returncode == 2 and unchecked in first.stderr + first.stdout
+    second = door(*command, "--work-dir", tmp_path / "b", "--token", "dog")
+    assert unchecked not in second.stderr + second.stdout
+    assert "gone holds no transformer: no such file or folder" in second.stderr
+    assert not (tmp_path / "b/features").exists()  # said before pictures are encoded
+
+
+def test_flags_win_over_cfg_options(door: Door, config_file: Path, tmp_path: Path) -> None:
+    command = ["train_scripts/train_dreambooth.py", config_file, "--work-dir", tmp_path / "run"]
+    done = door(*command, "--rank", 0, "--cfg-options", "lora.rank=4")
+    assert "error: --rank: lora.rank=0 must be" in done.stderr
 
 
 def test_no_pictures(door: Door, config_file: Path, tmp_path: Path) -> None:

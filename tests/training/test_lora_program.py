@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,6 @@ def test_parquet(base: Path, pictures: Path, tmp_path: Path) -> None:
         (["--base_dtype=int4"], r"^--base_dtype: "),
         (["--use_dora", "--base_dtype=int8"], r"^--use_dora: .*needs the norms of whole weights"),
         (["--checkpoints_total_limit=1"], r"^--checkpoints_total_limit: "),
-        (["--report_to=wandb"], r"--report_to wandb is not offered"),
         (["--dataset_name=x/y"], r"give the pictures once"),
     ],
 )
@@ -163,6 +163,45 @@ def test_an_empty_folder(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: no pictures with captions"):
         train(base, None, tmp_path / "out", f"--train_data_dir={tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        (
+            "--dataset_name",
+            "data/pokemon.parquet",
+            r"^data/pokemon\.parquet: no such folder or file in .*; give a folder",
+        ),
+        ("--dataset_name", "gone/pokemon.parquet", r"^gone/pokemon\.parquet: no such folder or file"),
+        ("--dataset_name", "./folder", r"^\./folder: no such folder or file"),
+        ("--dataset_name", "a/b/c", r"^a/b/c: no such folder or file"),
+        ("--dataset_name", "~/pokemon", r"^~/pokemon: no such folder or file \(the shell leaves ~ behind = as it is"),
+        ("--dataset_name", "someone/pokemon", r"^someone/pokemon is no file .* could not be reached for this data set"),
+        ("--dataset_name", "pokemon", r"^pokemon is no file or folder here, and http.* could not be reached"),
+        ("--dataset_name", "hub:someone/pokemon", r"^someone/pokemon is no file or folder here, and http"),
+        ("--pretrained_model_name_or_path", "./gone", r"^\./gone: no such folder or file in .*; give a diffusers pipe"),
+        ("--pretrained_model_name_or_path", "gone/x.safetensors", r"^gone/x\.safetensors: no such folder or file"),
+        ("--pretrained_model_name_or_path", "someone/model", r"^someone/model is no file .* could not be reached for"),
+    ],
+)
+def test_what_is_neither_here_nor_to_be_had(
+    flag: str, value: str, message: str, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    begun = time.monotonic()
+    with pytest.raises(PixArtError, match=message) as caught:
+        train(base, None if flag == "--dataset_name" else pictures, tmp_path / "out", f"{flag}={value}")
+    assert time.monotonic() - begun < 5
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_that_messages_name_are_taken() -> None:
+    """Those of the other training programs: "continue it with --resume-from latest or choose another --work-dir"."""
+    args = parse_lora_args("", ["--pretrained_model_name_or_path=x", "--work-dir=w", "--resume-from=latest"])
+    assert (args.work_dir, args.resume_from) == ("w", "latest")
 
 
 def test_the_withdrawn_data_set_has_a_substitute(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,9 @@ def test_requests_of_one_rank(tmp_path: Path) -> None:
 def test_the_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "c.py", "--resume-from", "x/checkpoint-3", "--work-dir", "a b"])
     assert resume_command(Ranks("cpu")) == "python train.py c.py --work-dir 'a b' --resume-from latest"
+    for given in (["--resume_from_checkpoint", "x"], ["--resume_from_checkpoint=x"]):
+        monkeypatch.setattr(sys, "argv", ["lora.py", *given, "--rank=4"])
+        assert resume_command(Ranks("cpu")) == "python lora.py --rank=4 --resume-from latest"
 
 
 def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path: Path) -> None:

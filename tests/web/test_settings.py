@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save
@@ -125,7 +125,7 @@ def test_official_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = choose(args, variant)[0]
     assert (again.model, again.options["controlnet"]) == (chosen.model, chosen.options["controlnet"])
     missing = choose(app_parser(None).parse_args([]), VARIANTS["512"], fetch=True)[0]
-    assert missing.model.endswith("emoji-256") and "cannot be fetched" in missing.notice
+    assert missing.model.endswith("emoji-256") and "could not be reached" in missing.notice
 
 
 def test_lcm_begins_with_four_steps_only_where_the_model_is_distilled(

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffusion.checkpoints.hub import no_such_path
 from diffusion.errors import DataError
 from diffusion.features.sources.folder import METADATA, scan_folder
 from diffusion.features.sources.original import scan_json_lists, scan_sam
@@ -44,7 +45,7 @@ def open_source(
         paths = [Path(name) for name in sorted(glob.glob(text))] if glob.has_magic(text) else [Path(text)]
         paths = [Path(text)] if Path(text).exists() else paths
         if not paths or not paths[0].exists():
-            raise DataError(f"{text}: no such folder or file; give {_KNOWN}")
+            raise DataError(f"{no_such_path(text)}; give {_KNOWN}")
         is_folder = len(paths) == 1 and paths[0].is_dir()
         if is_folder:
             source = _folder(paths[0], splits, columns)
@@ -72,6 +73,8 @@ def _folder(root: Path, splits: Sequence[str] | None, columns: Columns | None) -
         return scan_tars(tars, splits)
     if list(root.glob("*.parquet")) or (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
         return scan_table(str(root), splits, columns=columns)
+    if list((root / "data").glob("*.parquet")):  # a data set as `hf download` leaves it
+        return scan_table(str(root / "data"), splits, columns=columns)
     # A folder of the original's data set: its index beside the pictures.
     if (root / "data_info.json").is_file():
         return scan_json_lists([root / "data_info.json"], root, splits)

@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from diffusion.checkpoints.hub import endpoint, not_at_hand, why_unreachable
 from diffusion.errors import DataError
 from diffusion.features.sources.sample import (
     CAPTION_COLUMNS,
@@ -92,15 +93,14 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
     datasets.disable_progress_bars()
     try:
         if place.startswith(HUB):
-            name, _, config = place.removeprefix(HUB).partition("@")
-            if not name.strip():
-                raise ValueError(f"{HUB} needs a name, as {HUB}OWNER/NAME")
-            loaded = datasets.load_dataset(name, config or None)
+            loaded = _from_hub(place.removeprefix(HUB))
         elif found := [str(path) for path in files or sorted(Path(place).glob("*.parquet"))]:
             loaded = datasets.load_dataset("parquet", data_files={"train": found})
         else:
             loaded = datasets.load_from_disk(place)
-    except Exception as error:  # offline, missing, damaged: the library raises many unrelated classes
+    except DataError:
+        raise
+    except Exception as error:  # missing, damaged: the library raises many unrelated classes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{place} cannot be opened as a data set ({reason[:300]}); check the name or the files"
@@ -112,6 +112,37 @@ def _load(place: str, splits: Sequence[str] | None, files: Sequence[Path]) -> It
             raise DataError(f"{place} has no split {missing[0]!r}; it has {', '.join(parts)}")
         parts = {name: parts[name] for name in splits}
     yield from parts.items()
+
+
+def _from_hub(place: str) -> Any:
+    """A data set of the hub, `OWNER/NAME[@CONFIG]`; from the cache alone while the hub does not answer.
+
+    Raises:
+        DataError: no such data set, or no network and no cached copy.
+    """
+    import datasets
+
+    name, _, config = place.partition("@")
+    if not name.strip():
+        raise DataError(f"{HUB} needs a name, as {HUB}OWNER/NAME")
+    offline = datasets.config.HF_HUB_OFFLINE
+    reason = "HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set" if offline else why_unreachable()
+    # Told that there is no network, the library looks into its cache at once; it would ask for half a minute before.
+    datasets.config.HF_HUB_OFFLINE = reason is not None
+    try:
+        return datasets.load_dataset(name, config or None)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"{name} is no file or folder here and no data set that {endpoint()} shows you; check the name, or "
+            "`hf auth login` if it is private or gated"
+        ) from error
+    except ConnectionError as error:
+        if reason is None:
+            raise
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise DataError(not_at_hand(name, "this data set", reason, cache=cache, kind="datasets/")) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _rows(name: str, table: Any, prefix: str, columns: Columns) -> Iterator[Maker]:
