@@ -32,7 +32,8 @@ class HostCopies:
         May run in a thread of its own; `take` must wait for it.
         """
         if self._keep:
-            _walk(tree, "", self._buffer)
+            # Memory comes page by page, when it is first written to.
+            _walk(tree, "", lambda tensor, name: self._buffer(tensor, name).zero_())
 
     def take(self, tree: Any) -> Any:
         """The same nested dicts, lists and tuples with every tensor copied, valid until the next `take`."""
@@ -50,8 +51,6 @@ class HostCopies:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            if not tensor.is_cuda:
-                buffer.zero_()  # memory comes page by page, when it is first written to
             self._buffers[name] = buffer
         return buffer
 

@@ -262,8 +262,8 @@ class _Naming(nn.Module):
 class _Reader:
     """Reads texts by number, those of like length together, which are padded less.
 
-    Two tables of token ids, corpus and captions, are read as one, since every pass costs a GPU's host hundreds of
-    kernel launches: number n >= `corpus` is caption n - `corpus`.
+    Tables of token ids, of the corpus and of captions, are read as one, since every pass costs a GPU's host hundreds
+    of kernel launches: the numbers of a table begin where those of the table before end.
     """
 
     def __init__(self, student: Student, identity_head: nn.Module, config: TextEncoderConfig, *tables: Tensor) -> None:
