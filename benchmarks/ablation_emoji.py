@@ -44,7 +44,8 @@ ARMS: dict[str, list[str]] = {
     "unbalanced": ["data.balance_by=None"],
     "no variance": ["pred_sigma=False"],
     "min-SNR": ["process.min_snr_gamma=5.0"],
-    "logit-normal": ["process.timestep_sampling=logit_normal"],
+    "uniform timesteps": ["process.timestep_sampling=uniform"],
+    "logit-normal": ["process.timestep_sampling=logit_normal"],  # for --cfg-options process.timestep_sampling=uniform
     "noise": [*NOISE],
     "noise, min-SNR": [*NOISE, "process.min_snr_gamma=5.0"],
     "flow": [*FLOW],
