@@ -88,8 +88,9 @@ def first_line(error: BaseException) -> str:
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The remedy part of an unknown-name error: the nearest valid name, else the list of them."""
     choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+    by_lower = {choice.lower(): choice for choice in reversed(choices)}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean {by_lower[close[0]]!r}?" if close else f"choose one of {', '.join(choices)}"
 
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}

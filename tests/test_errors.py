@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.errors import ConfigError, NumericalError, StorageError, WorkDirLockedError, run_cli
+from diffusion.errors import ConfigError, NumericalError, StorageError, WorkDirLockedError, did_you_mean, run_cli
 
 
 def fail(error: BaseException) -> None:
@@ -57,3 +57,10 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PIXART_DEBUG", "1")
     with pytest.raises(ConfigError):
         fail(ConfigError("x"))
+
+
+def test_the_nearest_name_is_found_in_any_case() -> None:
+    choices = ["PixArt_XL_2", "PixArtMS_XL_2", "Cinematic"]
+    assert did_you_mean("PIXART-XL-2", choices) == "did you mean 'PixArt_XL_2'?"
+    assert did_you_mean("CINEMATIC", choices) == "did you mean 'Cinematic'?"
+    assert did_you_mean("q", choices) == "choose one of PixArt_XL_2, PixArtMS_XL_2, Cinematic"

@@ -227,9 +227,7 @@ def _job(
     facts: Mapping[str, Any],
 ) -> _Job:
     sized = parse_directives(prompt, pipeline.default_size)
-    own = dict(settings)
-    if sized.height is not None:
-        own |= {"height": sized.height, "width": sized.width, "use_resolution_binning": sized.binned}
+    own = {**settings, **sized.settings}
     recipe = pipeline.recipes([sized.text], seed=[seed], **own)[0]
     path = folder / f"{number:03d}-{slug(sized.text)}.png"
     return _Job(number, path, sized.text, seed, own, {**recipe, **facts})

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from diffusion.inference.parallel import processes_of_start
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
 from diffusion.inference.recipe import save_png
-from diffusion.inference.sizes import read_directives
+from diffusion.inference.requests import require_numbers
+from diffusion.inference.shortcuts import Shortcuts
+from diffusion.inference.sizes import parse_directives, read_directives
 from diffusion.inference.solvers import DEFAULT_STEPS, algorithm_name
 from diffusion.inference.styles import apply_style
 
@@ -43,8 +45,8 @@ def draw(args: argparse.Namespace) -> None:
     algorithm = "lcm" if lcm else algorithm_name(args.sampling_algo)
     steps = args.sample_steps if lcm else DEFAULT_STEPS[algorithm] if args.step == -1 else args.step
     prompts = args.prompt or read_prompts(args.txt_file)
-    check_before_loading(args, prompts)
-    settings = {"num_inference_steps": steps, **picture_settings(args)}
+    settings = {"num_inference_steps": steps, "guidance_scale": args.cfg_scale, **picture_settings(args)}
+    check_before_loading(args, prompts, settings)
     prompts, settings["negative_prompt"] = styled(args, prompts)
     pipeline = loaded(args, algorithm)
     usual = 1.0 if algorithm == "lcm" else pipeline.usual_guidance
@@ -88,16 +90,22 @@ def draw(args: argparse.Namespace) -> None:
         print(f"grid: {grid}")
 
 
-def check_before_loading(args: argparse.Namespace, prompts: list[str]) -> None:
+def check_before_loading(args: argparse.Namespace, prompts: list[str], settings: Mapping[str, Any]) -> None:
     """Refuse what needs no model to be refused, so that nobody waits for one in vain.
 
+    Args:
+        settings: of the pipeline's call.
     Raises:
-        PromptError: a count below 1, a directive in a prompt that cannot be read, or an option without effect.
+        PromptError: a number that no model takes, a directive in a prompt that cannot be read, or an option without
+            effect.
     """
     require_at_least_1({"--bs": args.bs, "--num_images": args.num_images, "--preview": args.preview})
     for prompt in prompts:
         read_directives(prompt)
     _require_effect(args)
+    require_numbers(settings)
+    lossy = {name: value for name, value in _speed_options(args).items() if name in ("guidance_until", "reuse_every")}
+    Shortcuts(**lossy)
 
 
 def show_notices() -> None:
@@ -223,13 +231,15 @@ def previews(pipeline: PixArtPipeline, every: int | None, folder: Path) -> Itera
 def draw_in_8_bits(args: argparse.Namespace) -> None:
     """Run scripts/infer_pixart_8_bits.py: one picture under plan 8gb, and what it took of the card."""
     show_notices()
+    read_directives(args.prompt)  # refused before a model is loaded
     device = choose_device(args.device)
     pipeline = load_pipeline(
         args.model_path, args.pipeline_load_from, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
     )
     pipeline.set_memory_plan("8gb", device)
     with explained_memory("8gb"):
-        output = pipeline(args.prompt, num_inference_steps=args.step, seed=args.seed)
+        sized = parse_directives(args.prompt, pipeline.default_size)
+        output = pipeline(sized.text, num_inference_steps=args.step, seed=args.seed, **sized.settings)
     place = Path(args.output) / "picture.png" if Path(args.output).is_dir() else Path(args.output)
     path = save_png(output.images[0], place, {**output.recipes[0], "memory": "8gb"})
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,18 +187,10 @@ class SamplingRequest:
         _ = self.drawn_size  # raises when the model's size has no table
 
     def _check_numbers(self) -> None:
-        steps, images = self.num_inference_steps, self.num_images_per_prompt
-        if not _is_integer(steps) or not 1 <= steps <= MAX_STEPS:
-            raise PromptError(f"num_inference_steps={steps!r} must be an integer in 1..{MAX_STEPS}")
+        require_numbers(vars(self))
+        images, guided = self.num_images_per_prompt, self.guidance_channels
         if not _is_integer(images) or images < 1:
             raise PromptError(f"num_images_per_prompt={images!r} must be an integer of at least 1")
-        if not _is_finite(self.guidance_scale) or self.guidance_scale < 0:
-            raise PromptError(
-                f"guidance_scale={self.guidance_scale!r} must be a finite number >= 0 (1 = no guidance, 4.5 is usual)"
-            )
-        if not _is_finite(self.strength) or not 0 <= self.strength <= 1:
-            raise PromptError(f"strength={self.strength!r} must be a number in 0..1 (0 keeps the picture)")
-        guided = self.guidance_channels
         if guided is not None and (not _is_integer(guided) or not 1 <= guided <= self.model.channels):
             raise PromptError(f"guidance_channels={guided!r} must be an integer in 1..{self.model.channels}, or None")
         for name, choices in (("null_caption", NULL_CAPTIONS), ("output_type", OUTPUT_TYPES)):
@@ -207,14 +199,6 @@ class SamplingRequest:
                 raise PromptError(f"{name}={value!r} is unknown; {did_you_mean(value, choices)}")
         if self.mask_image is not None and self.image is None:
             raise PromptError("mask_image is given without image; give the picture that it covers")
-        self._check_control()
-
-    def _check_control(self) -> None:
-        scale = self.controlnet_conditioning_scale
-        if not _is_finite(scale) or scale < 0:
-            raise PromptError(
-                f"controlnet_conditioning_scale={scale!r} must be a finite number >= 0 (1 as trained, 0 = without)"
-            )
         if self.control_image is not None and not self.model.has_controlnet:
             raise PromptError("control_image needs a ControlNet; load the pipeline with controlnet=FILE (--controlnet)")
 
@@ -238,6 +222,28 @@ class SamplingRequest:
             raise PromptError(
                 f"negative_prompt has {given} texts for {self.num_prompts} prompts; give one, or one each"
             )
+
+
+def require_numbers(settings: Mapping[str, Any]) -> None:
+    """The rules for numbers that hold for every model, as `SamplingRequest` applies them.
+
+    Args:
+        settings: arguments of the pipeline's call; a guidance_scale of None is the model's.
+    Raises:
+        PromptError: names the argument, its value and the rule.
+    """
+    steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
+    strength, control = settings["strength"], settings["controlnet_conditioning_scale"]
+    if not _is_integer(steps) or not 1 <= steps <= MAX_STEPS:
+        raise PromptError(f"num_inference_steps={steps!r} must be an integer in 1..{MAX_STEPS}")
+    if scale is not None and (not _is_finite(scale) or scale < 0):
+        raise PromptError(f"guidance_scale={scale!r} must be a finite number >= 0 (1 = no guidance, 4.5 is usual)")
+    if not _is_finite(strength) or not 0 <= strength <= 1:
+        raise PromptError(f"strength={strength!r} must be a number in 0..1 (0 keeps the picture)")
+    if not _is_finite(control) or control < 0:
+        raise PromptError(
+            f"controlnet_conditioning_scale={control!r} must be a finite number >= 0 (1 as trained, 0 = without)"
+        )
 
 
 def _check_one(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, width: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from diffusion.errors import PromptError
 from diffusion.images import aspect_ratio_table, closest_bucket
@@ -43,6 +44,13 @@ class SizedPrompt:
     height: int | None = None
     width: int | None = None
     binned: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that say the size; none where nothing was asked."""
+        if self.height is None:
+            return {}
+        return {"height": self.height, "width": self.width, "use_resolution_binning": self.binned}
 
 
 def parse_directives(prompt: str, model_px: int) -> SizedPrompt:

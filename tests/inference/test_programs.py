@@ -19,7 +19,7 @@ from diffusion.checkpoints.conversion import write_native
 from diffusion.config.sampling_cli import sampling_parser
 from diffusion.devices import choose_dtype
 from diffusion.errors import PromptError
-from diffusion.inference import read_recipe
+from diffusion.inference import PixArtPipeline, read_recipe
 from diffusion.inference.program import explained_memory
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,33 @@ def test_8_bits(
     assert capsys.readouterr().out.endswith(f"picture: {output}\n")
 
 
+def test_8_bits_reads_the_size_in_the_prompt(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[dict[str, object]] = []
+
+    def draw(pipeline: PixArtPipeline, prompt: str, **settings: object) -> None:
+        sizes.append({"prompt": prompt, **settings})
+        raise PromptError("enough")
+
+    monkeypatch.setattr(PixArtPipeline, "__call__", draw)
+    arguments = ["--model_path", str(pipeline_folder), "--step", "2", "--seed", "7", "--device", "cpu"]
+    for directive in ("--hw 96:64", "--hw 96"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "infer_pixart_8_bits.py", *arguments, "--prompt", f"a cat {directive}")
+    assert sizes == [
+        {
+            "prompt": "a cat",
+            "num_inference_steps": 2,
+            "seed": 7,
+            "height": 96,
+            "width": 64,
+            "use_resolution_binning": True,
+        }
+    ]
+    assert "--hw 96 must be height:width" in capsys.readouterr().err
+
+
 def test_style_directive_and_preview(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[str, tuple[int, int]]] = []
     save = Image.Image.save
@@ -193,6 +220,10 @@ def test_clean_caption_decides_which_text_reaches_the_tokenizer(
         (["--prompt", "a dog --hw 64:9000"], "--hw 64:9000 must be two whole numbers of px, at most 8192"),
         (["--lora_scale", "2"], "--lora_scale is given without --lora"),
         (["--fp8"], "--fp8 is given without --fast; add it"),
+        (["--cfg_scale", "nan"], "guidance_scale=nan must be a finite number"),
+        (["--cfg_scale", "-1"], "guidance_scale=-1.0 must be a finite number >= 0"),
+        (["--fast", "--guidance_until", "2"], "guidance_until=2.0 must lie in 0..1"),
+        (["--fast", "--reuse_every", "0"], "reuse_every=0 must be an integer of at least 1"),
     ],
 )
 def test_what_needs_no_model_is_refused_before_one_is_loaded(
@@ -230,12 +261,9 @@ def test_a_directive_in_a_prompt_file_is_read_before_the_model(
         (["--image_size", "0"], "error: height=0 must be a positive multiple of 16 px"),
         (["--height", "65"], "error: height=65 must be a positive multiple of 16 px"),
         (["--width", "100000"], "error: width=100000 must be at most 8192 px"),
-        (["--cfg_scale", "nan"], "error: guidance_scale=nan must be a finite number"),
         (["--memory", "6gb"], "error: memory='6gb' is unknown; did you mean '8gb'"),
         (["--style", "Cinema"], "error: style='Cinema' is unknown; did you mean 'Cinematic'"),
         (["--image", "gone.png"], "error: gone.png"),
-        (["--fast", "--guidance_until", "2"], "error: guidance_until=2.0 must lie in 0..1"),
-        (["--fast", "--reuse_every", "0"], "error: reuse_every=0 must be"),
         (["--strength", "0.5"], "error: --strength is given without --image"),
         (["--binning"], "error: use_resolution_binning has no sizes for a model of 64 px"),
     ],
