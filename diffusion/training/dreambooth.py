@@ -29,7 +29,7 @@ from diffusion.training.program import train_config
 from diffusion.training.publishing import require_account_if_asked
 from diffusion.training.run_features import extract_for_run
 from diffusion.training.run_log import LOGGER, configure_logging
-from diffusion.training.work_dir import refuse_existing_run
+from diffusion.training.work_dir import require_startable
 
 _DRAWN_AT_ONCE = 8
 _FLAGS = {
@@ -65,9 +65,8 @@ def train_dreambooth(args: argparse.Namespace, choices: dict[str, Callable[[], S
     resume_from = args.resume_from or config.resume_from.checkpoint
     ranks = Ranks()
     if ranks.is_main:
+        require_startable(work_dir, resume_from)
         work_dir.mkdir(parents=True, exist_ok=True)
-        if resume_from is None:
-            refuse_existing_run(work_dir)
     configure_logging(work_dir, is_main=ranks.is_main)
     if config.data.token is None and config.data.class_prompt is None:
         LOGGER.info("no --token, no --class_prompt: nobody checks that %r has a word of its own", config.data.prompt[0])

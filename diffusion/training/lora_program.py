@@ -23,7 +23,7 @@ from diffusion.training.publishing import require_account_if_asked
 from diffusion.training.run_features import extract_for_run
 from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.starting_model import checked_config, model_keys, require_multiple_of_16
-from diffusion.training.work_dir import refuse_existing_run
+from diffusion.training.work_dir import require_startable
 
 # Data sets that the hub took down: their pictures' owner asked for it.
 _WITHDRAWN = ("lambdalabs/pokemon-blip-captions", "svjack/pokemon-blip-captions-en-zh")
@@ -64,9 +64,8 @@ def train_lora(args: argparse.Namespace) -> Path:
     ranks = Ranks()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if ranks.is_main:
+        require_startable(out, args.resume_from)
         out.mkdir(parents=True, exist_ok=True)
-        if args.resume_from is None:
-            refuse_existing_run(out)
     configure_logging(out, is_main=ranks.is_main)
     _notice(args)
     base = model_keys(args.pretrained_model_name_or_path, args.resolution)

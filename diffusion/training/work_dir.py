@@ -43,15 +43,31 @@ def find_checkpoint(work_dir: Path, resume_from: str | None) -> Path | None:
         if found is None:
             LOGGER.info("no checkpoint in %s yet: starting at step 0", own)
         return found
+    require_startable(work_dir, resume_from)
+    folder = Path(resume_from)
+    is_own = folder.resolve().parent == own.resolve()
+    if is_own and folder.name.startswith("checkpoint-") and folder.name[11:].isdigit():
+        supersede_after(own, int(folder.name[11:]))
+    return folder
+
+
+def require_startable(work_dir: Path, resume_from: str | None) -> None:
+    """Refuse a start that cannot succeed, without changing anything; for programs that prepare data first.
+
+    Raises:
+        CheckpointError: the checkpoint that is named is damaged. ConfigError: the folder holds another run.
+    """
+    if resume_from == "latest":
+        return
+    if resume_from is None:
+        refuse_existing_run(work_dir)
+        return
     folder = Path(resume_from)
     problem = verify(folder)
     if problem is not None:
         raise CheckpointError(f"{folder} cannot be resumed: {problem}")
-    if folder.resolve().parent != own.resolve():
+    if folder.resolve().parent != (work_dir / CHECKPOINTS).resolve():
         refuse_existing_run(work_dir)
-    elif folder.name.startswith("checkpoint-") and folder.name[11:].isdigit():
-        supersede_after(own, int(folder.name[11:]))
-    return folder
 
 
 def refuse_existing_run(work_dir: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffusion.adapters import PEFT_WEIGHTS, read_adapter
 from diffusion.checkpoints import load_transformer, save_transformer
 from diffusion.config.lora_cli import parse_lora_args
-from diffusion.errors import ConfigError, DataError, PixArtError
+from diffusion.errors import CheckpointError, ConfigError, DataError, PixArtError
 from diffusion.inference import PixArtPipeline
 from diffusion.training.lora_program import train_lora
 from tests.training.tiny_run import ROOT
@@ -157,6 +157,14 @@ def test_mistakes_are_one_line(flags: list[str], message: str, base: Path, pictu
     with pytest.raises(PixArtError, match=message) as caught:
         train(base, pictures, tmp_path / "out", *flags)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_features_are_made(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint-9 cannot be resumed: "):
+        train(base, pictures, tmp_path / "out", f"--resume_from_checkpoint={tmp_path / 'out/checkpoints/checkpoint-9'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder(base: Path, tmp_path: Path) -> None:
