@@ -237,8 +237,8 @@ def draw_in_8_bits(args: argparse.Namespace) -> None:
         args.model_path, args.pipeline_load_from, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
     )
     pipeline.set_memory_plan("8gb", device)
+    sized = parse_directives(args.prompt, pipeline.default_size)
     with explained_memory("8gb"):
-        sized = parse_directives(args.prompt, pipeline.default_size)
         output = pipeline(sized.text, num_inference_steps=args.step, seed=args.seed, **sized.settings)
     place = Path(args.output) / "picture.png" if Path(args.output).is_dir() else Path(args.output)
     path = save_png(output.images[0], place, {**output.recipes[0], "memory": "8gb"})
