@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_memory_plans(tmp_path: Path) -> None:
     out = tmp_path / "plans.json"
     command = [sys.executable, "benchmarks/bench_memory_plans.py", "--tiny", "--device", "cpu", "--out", str(out)]
-    options = ["--rows", "full", "4gb", "--steps", "2", "--repeats", "1", "--timeout_s", "500"]
+    options = ["--rows", "full", "full x4", "4gb", "--steps", "2", "--repeats", "1", "--timeout_s", "500"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -148,5 +148,5 @@ def between_marks(text: str, table: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md lacks {BEGIN} or {END}; the table of performance stands between them")
+        raise ValueError(f"the page lacks {BEGIN} or {END}; a table that is made of results stands between them")
     return f"{before}{begin}\n{table}\n{end}{after}"

@@ -1,5 +1,5 @@
 """Write the pages of docs/ that are made from code and results (models, performance, scaling, config keys, reference),
-and the table of performance in README.md.
+and the tables of results in README.md and in pages written by hand.
 
     python tools/write_docs.py
     python tools/write_docs.py --check
@@ -180,10 +180,17 @@ def public_names(tree: ast.Module) -> list[str]:
 
 
 def pages() -> dict[str, str]:
-    """All pages that are made, by their path below docs/."""
-    from scaling_model import Assumptions, measured, page  # lies beside this program
+    """All pages that are made, or have a table that is, by their path below docs/."""
+    from measured_tables import TABLES  # these lie beside this program
+    from performance_tables import between_marks, readme_table
+    from scaling_model import Assumptions, measured, page
 
+    tables = {"../README.md": readme_table, **TABLES}
     return {
+        **{
+            name: between_marks((ROOT / "docs" / name).read_text(encoding="utf-8"), table(RESULTS))
+            for name, table in tables.items()
+        },
         "models.md": models_page(),
         "scaling.md": page(measured(), Assumptions()),
         "performance.md": performance_page(),
@@ -197,11 +204,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not current")
     args = parser.parse_args()
 
-    from performance_tables import between_marks, readme_table  # lies beside this program
-
     stale = []
-    readme = between_marks((ROOT / "README.md").read_text(encoding="utf-8"), readme_table(RESULTS))
-    for name, text in {"../README.md": readme, **pages()}.items():
+    for name, text in pages().items():
         path = ROOT / "docs" / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

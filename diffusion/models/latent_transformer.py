@@ -36,7 +36,7 @@ class TransformerConfig(Protocol):
 def _position_embedding(
     width: int, grid: tuple[int, int], base_size: int, scale: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # also where the model is built inside another device's
         table = sincos_position_embedding(width, grid, base_size, scale).to(dtype)
         if device.type == "cuda":  # the host does not wait where a bucket comes up for the first time
             return table.pin_memory().to(device, non_blocking=True)

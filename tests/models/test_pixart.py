@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.checkpoints import config_to_diffusers, native_to_diffusers
 from diffusion.errors import ConfigError
-from diffusion.models import PixArt, PixArtMS, build_model
+from diffusion.models import PixArt, PixArtMS, build_model, latent_transformer
 from diffusion.models.embeddings import sincos_position_embedding, sinusoid
 
 SMALL = {"hidden_size": 96, "num_heads": 2, "depth": 3, "caption_channels": 24, "input_size": 8}
@@ -133,6 +133,15 @@ def test_position_embedding_values() -> None:
     torch.testing.assert_close(table[1][:4], torch.tensor([0.9719, 0.0133, 0.2352, 0.9999]), atol=1e-4, rtol=0)
     torch.testing.assert_close(table[3][4:], torch.tensor([0.9093, 0.02, -0.4161, 0.9998]), atol=1e-4, rtol=0)
     torch.testing.assert_close(sincos_position_embedding(8, (4, 4), 4, 2.0)[0, 2, 0], torch.sin(torch.tensor(1.0)))
+
+
+def test_position_embedding_within_another_device() -> None:
+    model = PixArt(**SMALL)
+    expected = model.position_embedding()
+    latent_transformer._position_embedding.cache_clear()
+    with torch.device("meta"):  # as models are built on the device they run on
+        table = model.position_embedding()
+    assert torch.equal(table, expected)
 
 
 def test_sinusoid_is_cosine_first_and_keeps_fractions() -> None:

@@ -1,0 +1,100 @@
+"""Tables of figures within pages that are otherwise written by hand: which page, from which result, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from performance_tables import MISSING, read
+
+
+def memory_plans(results: Path) -> str:
+    """Peak and seconds of each plan on a card, for docs/inference.md."""
+    result = read(results / "memory_plans.json")
+    if result is None:
+        return f"`benchmarks/bench_memory_plans.py`: {MISSING}."
+    lines = [
+        "| plan | GB the process may take | GB it took, context counted | seconds a call | latents of `full` |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        if not row["completes"]:
+            lines.append(f"| {PLANS[name]} | {row.get('cap_gb')} | {row['failure']} | | |")
+            continue
+        error = row.get("latents_error")
+        latents = "" if error is None else "the same bits" if row["latents_equal"] else f"{100 * error:.1f} % off"
+        cap = row["cap_gb"] or "all"
+        lines.append(f"| {PLANS[name]} | {cap} | {row['peak_gb']} | {row['seconds']:.2f} | {latents} |")
+    return "\n".join([*lines, "", f"{where(result)}; {result['benchmark']}."])
+
+
+PLANS = {
+    "full": "`full`",
+    "full x4": "`full`, 4 pictures a call",
+    "8gb": "`8gb`",
+    "4gb": "`4gb`",
+    "resident": "none: all parts stay on the card",
+    "offload": "`enable_model_cpu_offload`",
+    "full-fp16": "`full` in float16",
+}
+
+
+def extraction(results: Path) -> str:
+    """Rows a second of extraction and loading, for docs/data.md."""
+    result, loader = read(results / "extraction_h100.json"), read(results / "loader.json")
+    if result is None or loader is None:
+        return f"`benchmarks/bench_extraction.py` or `bench_loader.py`: {MISSING}."
+    captions = result["captions"]
+    lines = [
+        "| what | rows a second, to the disk | share of the matmul rate | the original's way | faster by |",
+        "|---|---|---|---|---|",
+        f"| captions, T5-XXL, {captions['mean_tokens']:.0f} tokens on average | {captions['ours_per_s']:.0f} "
+        f"| {100 * captions['share_of_matmul_rate']:.0f} % | {captions['original_one_by_one_per_s']:.3g} "
+        f"({captions['original_20_threads_per_s']:.3g} with its 20 threads) "
+        f"| {captions['ratio']:.0f}x ({captions['ratio_to_20_threads']:.0f}x) |",
+    ]
+    for px, row in result["pictures"].items():
+        lines.append(
+            f"| pictures, {px} px, from JPEG | {row['ours_per_s']:.0f} | {100 * row['share_of_matmul_rate']:.0f} % "
+            f"| {row['original_per_s']:.3g} | {row['ratio']:.1f}x |"
+        )
+    lines += [
+        "",
+        f"{where(result)}; random weights of full size, the VAE's encoder compiled.",
+        f"In training the loader gives {loader['samples_per_s']:,.0f} samples a second with {loader['workers']} "
+        "workers on that machine (256 px, captions of T5-XXL).",
+    ]
+    return "\n".join(lines)
+
+
+def presets(results: Path) -> str:
+    """Memory and seconds a step of the presets, for docs/recipe.md."""
+    result = read(results / "presets.json")
+    if result is None:
+        return f"`benchmarks/measure_presets.py`: {MISSING}."
+    lines = [
+        "| preset | peak memory | seconds a step | images a step | loss at the first step -> after | steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["presets"].items():
+        if "error" in row:
+            lines.append(f"| `{name}` | {row['error']} | | | | |")
+            continue
+        lines.append(
+            f"| `{name}` | {row['peak_reserved_gib']} GiB of {row['cap_gib']} | {row['seconds_a_step']:.3f} "
+            f"| {row['global_batch']} | {row['first_loss']:.3f} -> {row['last_loss']:.3f} | {row['steps']} |"
+        )
+    device = next(row["device"] for row in result["presets"].values() if "device" in row)
+    return "\n".join([*lines, "", f"{where({**result, 'device': device})}; from initial weights."])
+
+
+def where(result: dict[str, Any]) -> str:
+    return f"Measured on {result['device']}, torch {result['versions']['torch']}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "inference.md": memory_plans,
+    "data.md": extraction,
+    "recipe.md": presets,
+}
