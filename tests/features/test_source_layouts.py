@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import random
 import tarfile
 import time
 from pathlib import Path
@@ -96,8 +98,40 @@ def test_sam_layout_with_and_without_partition(tmp_path: Path) -> None:
         assert "part0.txt line 3" in source.rejected[0].reason
 
 
-def make_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
+def test_sam_captions_in_the_archive_they_are_published_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("sa_1", "sa_2", "sa_000020/sa_3", "sa_4", "sa_5", "twice/sa_4"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+    members = {f"all/sa_{number}.txt": f"about {number}".encode() for number in (9, 1, 3, 4, 5)}
+    members |= {"all/again/sa_1.txt": b"second", "all/sa_5.txt": b"caf\xe9", "all/sa_2.json": b"{}"}
+    archive = make_tar(tmp_path / "SA1B_caption.tar.gz", members, "w:gz")
+    with caplog.at_level(logging.INFO):
+        source = open_source(tmp_path)
+    assert summary(source) == [("sa_000020/sa_3.jpg", ("about 3",)), ("sa_1.jpg", ("about 1",))]
+    assert "6 captions, 3 of them of pictures that are here" in caplog.text
+    reasons = {item.reason.removeprefix(str(tmp_path)) for item in source.rejected}
+    assert {
+        "/SA1B_caption.tar.gz!all/sa_4.txt: 'sa_4' and 'twice/sa_4' have this name; rename one",
+        "/SA1B_caption.tar.gz!all/again/sa_1.txt: a second caption of 'sa_1'; remove one",
+        "/SA1B_caption.tar.gz!all/sa_5.txt is not UTF-8 (byte 3); save it as UTF-8 text",
+    } < reasons
+    assert len(reasons) == 6  # sa_2 and both sa_4 have no caption
+
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "sa_1.txt").write_text("my own words")
+    (tmp_path / "partition").mkdir()
+    (tmp_path / "partition" / "part0.txt").write_text("sa_1\nsa_000020/sa_3\n")
+    assert summary(open_source(tmp_path)) == [("sa_1.jpg", ("my own words",)), ("sa_000020/sa_3.jpg", ("about 3",))]
+
+    noise = {f"sa_{number}.txt": random.Random(number).randbytes(2000) for number in range(100)}
+    archive.write_bytes(make_tar(tmp_path / "long.tar", {"sa_3.txt": b"three"} | noise, "w:gz").read_bytes()[:100_000])
+    assert any("SA1B_caption.tar.gz is damaged behind" in item.reason for item in open_source(tmp_path).rejected)
+    archive.write_bytes(b"no archive")
+    with pytest.raises(DataError, match="SA1B_caption.tar.gz is no archive of captions"):
+        open_source(tmp_path)
+
+
+def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)

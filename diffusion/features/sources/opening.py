@@ -9,7 +9,8 @@ from pathlib import Path
 from diffusion.checkpoints.hub import no_such_path
 from diffusion.errors import DataError
 from diffusion.features.sources.folder import METADATA, scan_folder
-from diffusion.features.sources.original import scan_json_lists, scan_sam
+from diffusion.features.sources.original import scan_json_lists
+from diffusion.features.sources.sam import is_sam, scan_sam
 from diffusion.features.sources.sample import Columns, Source
 from diffusion.features.sources.tables import HUB, scan_table
 from diffusion.features.sources.tars import scan_tars
@@ -66,7 +67,7 @@ def _folder(root: Path, splits: Sequence[str] | None, columns: Columns | None) -
     lists = [path for name in ("partition", "partition_filter") for path in sorted((root / name).glob("*.json"))]
     if lists:
         return scan_json_lists(lists, root, splits)
-    if (root / "captions").is_dir() and ((root / "images").is_dir() or (root / "Images").is_dir()):
+    if is_sam(root):
         return scan_sam(root, sorted((root / "partition").glob("*.txt")), splits)
     tars = sorted(root.glob("*.tar"))
     if tars:

@@ -1,20 +1,16 @@
-"""The original's indexes: its JSON list, its SAM layout, and the folders of InternalData.
-
-JSON list: objects of `path`, `prompt`, mostly `height`, `width`, `ratio`, with Sigma a 2nd caption `sharegpt4v`.
-SAM layout: ROOT/partition/*.txt name pictures without extension; ROOT/images/NAME.jpg, ROOT/captions/NAME.txt. The
-published SAM-LLaVA captions, unpacked into ROOT/captions, need no partition: every caption with a picture counts.
+"""The original's JSON list: objects of `path`, `prompt`, mostly `height`, `width`, `ratio`, with Sigma a second caption
+`sharegpt4v`; and where it looks for the pictures.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import DataError
-from diffusion.features.sources.folder import find_pictures, read_text
 from diffusion.features.sources.sample import (
     Maker,
     PictureFile,
@@ -26,7 +22,6 @@ from diffusion.features.sources.sample import (
     normal_key,
     refuse,
 )
-from diffusion.images import IMAGE_SUFFIXES
 
 # Where the original's programs look for the pictures of a list, besides the root itself.
 _PICTURE_FOLDERS = ("", "InternImgs", "InternalImgs", "images", "Images")
@@ -86,52 +81,3 @@ def _item(place: str, item: dict[str, Any], roots: list[Path]) -> Sample:
     # A caption that is missing or empty leaves the other one.
     row = {name: value for name, value in item.items() if name not in ("prompt", "sharegpt4v") or value}
     return make_sample(place, normal_key(Path(item["path"]).as_posix()), PictureFile(found), row, ignored=("path",))
-
-
-def scan_sam(root: Path, partitions: Sequence[Path] = (), splits: Sequence[str] | None = None) -> Source:
-    """Samples of a SAM layout; without partition files, every caption and every picture is expected to be paired.
-
-    Raises:
-        DataError: no folder of captions.
-    """
-    images = next((root / name for name in ("images", "Images") if (root / name).is_dir()), root)
-    captions = root / "captions"
-    if not captions.is_dir():
-        raise DataError(f"{captions} does not exist; the SAM layout has captions/NAME.txt and images/NAME.jpg")
-    pictures, clashes = find_pictures(images)
-    by_stem: dict[str, str] = {}
-    for key in pictures:
-        stem = key.rsplit(".", 1)[0]
-        if stem in by_stem:
-            reason = f"{images}: {by_stem[stem]!r} and {key!r} share one name without suffix; rename one"
-            clashes.append((key, refuse(reason)))
-        by_stem.setdefault(stem, key)
-    texts = {
-        normal_key(path.relative_to(captions).with_suffix("").as_posix()): path for path in captions.rglob("*.txt")
-    }
-    names = _partition_names(partitions) if partitions else [(str(texts.get(n, n)), n) for n in sorted(by_stem | texts)]
-    makers = (
-        (place, lambda place=place, name=name: _named(place, name, images, pictures, by_stem, texts))  # type: ignore[misc]
-        for place, name in names
-    )
-    return collect(str(root), "SAM layout", [*clashes, *makers], splits)
-
-
-def _partition_names(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    for path in paths:
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            if line.strip():
-                yield f"{path} line {number}", normal_key(line.strip())
-
-
-def _named(
-    place: str, name: str, images: Path, pictures: dict[str, Path], by_stem: dict[str, str], texts: dict[str, Path]
-) -> Sample:
-    inside(images, name, place)
-    key = by_stem.get(name, name if name in pictures else None)
-    if key is None:
-        raise DataError(f"{place}: picture {images / name}{IMAGE_SUFFIXES[1]} does not exist")
-    caption = texts.get(name, texts.get(key.rsplit(".", 1)[0]))
-    if caption is None:
-        raise DataError(f"{place}: {pictures[key]} has no caption; write captions/{name}.txt")
-    return make_sample(str(caption), key, PictureFile(pictures[key]), {"text": read_text(caption)})
