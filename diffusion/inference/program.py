@@ -231,7 +231,9 @@ def previews(pipeline: PixArtPipeline, every: int | None, folder: Path) -> Itera
 def draw_in_8_bits(args: argparse.Namespace) -> None:
     """Run scripts/infer_pixart_8_bits.py: one picture under plan 8gb, and what it took of the card."""
     show_notices()
-    read_directives(args.prompt)  # refused before a model is loaded
+    settings = {"num_inference_steps": args.step, "seed": args.seed}
+    read_directives(args.prompt)  # what is wrong is refused before a model is loaded
+    require_numbers(settings)
     device = choose_device(args.device)
     pipeline = load_pipeline(
         args.model_path, args.pipeline_load_from, algorithm="dpm-solver", torch_dtype=choose_dtype("auto", device)
@@ -239,7 +241,7 @@ def draw_in_8_bits(args: argparse.Namespace) -> None:
     pipeline.set_memory_plan("8gb", device)
     sized = parse_directives(args.prompt, pipeline.default_size)
     with explained_memory("8gb"):
-        output = pipeline(sized.text, num_inference_steps=args.step, seed=args.seed, **sized.settings)
+        output = pipeline(sized.text, **settings, **sized.settings)
     place = Path(args.output) / "picture.png" if Path(args.output).is_dir() else Path(args.output)
     path = save_png(output.images[0], place, {**output.recipes[0], "memory": "8gb"})
     if device.type == "cuda":

@@ -228,12 +228,12 @@ def require_numbers(settings: Mapping[str, Any]) -> None:
     """The rules for numbers that hold for every model, as `SamplingRequest` applies them.
 
     Args:
-        settings: arguments of the pipeline's call; a guidance_scale of None is the model's.
+        settings: arguments of the pipeline's call, those that are given; a guidance_scale of None is the model's.
     Raises:
         PromptError: names the argument, its value and the rule.
     """
-    steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
-    strength, control = settings["strength"], settings["controlnet_conditioning_scale"]
+    steps, scale = settings.get("num_inference_steps", 1), settings.get("guidance_scale")
+    strength, control = settings.get("strength", 1), settings.get("controlnet_conditioning_scale", 1)
     if not _is_integer(steps) or not 1 <= steps <= MAX_STEPS:
         raise PromptError(f"num_inference_steps={steps!r} must be an integer in 1..{MAX_STEPS}")
     if scale is not None and (not _is_finite(scale) or scale < 0):

@@ -108,6 +108,9 @@ def test_8_bits(
     assert Image.open(output).size == (64, 64)
     assert read_recipe(output)["memory"] == "8gb"
     assert capsys.readouterr().out.endswith(f"picture: {output}\n")
+    with pytest.raises(SystemExit):  # before any model is looked for
+        run(monkeypatch, "infer_pixart_8_bits.py", "--model_path", str(tmp_path / "none"), "--step", "0")
+    assert "num_inference_steps=0 must be an integer in 1..1000" in capsys.readouterr().err
 
 
 def test_8_bits_reads_the_size_in_the_prompt(
