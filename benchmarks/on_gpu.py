@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
 
 _BENCH = "benchmarks"
-_GPU_TESTS = "tests/models tests/process tests/inference tests/training"
+_GPU_TESTS = "tests/models tests/process tests/inference tests/training tests/text tests/test_devices.py"
 TASKS = {
     "tests": Task(f"-m pytest -q -n 8 --dist loadfile -m 'not slow' {_GPU_TESTS}", 150),
     "tests-slow": Task("-m pytest -q -m slow tests/models tests/inference/test_fast.py", 200),

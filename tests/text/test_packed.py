@@ -14,6 +14,8 @@ from diffusion.text.encoder import _calls
 from diffusion.text.int8 import quantize_linears
 from diffusion.text.packed import encode_packed
 
+ON_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="of a card")
+
 
 def tiny_t5(feed_forward: str = "gated-gelu") -> Any:
     torch.manual_seed(0)
@@ -35,7 +37,7 @@ LENGTHS = [[1], [3, 3, 3], [1, 2, 7, 8, 9, 40, 120, 120], [120, 1]]
 def alone(model: Any, token_ids: list[list[int]]) -> torch.Tensor:
     """(T, D) float32, one caption a call of transformers."""
     with torch.no_grad():
-        rows = [model(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in token_ids]
+        rows = [model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state[0] for ids in token_ids]
     return torch.cat(rows).float()
 
 
@@ -48,9 +50,10 @@ def test_every_caption_is_what_transformers_gives_for_it_alone(lengths: list[int
     torch.testing.assert_close(encode_packed(model, token_ids), alone(model, token_ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CARD)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_16_bits_it_is_as_near_to_float32_as_transformers_is(dtype: torch.dtype) -> None:
-    model, token_ids = tiny_t5(), captions(LENGTHS[2])
+def test_in_16_bits_it_is_as_near_to_float32_as_transformers_is(dtype: torch.dtype, device: str) -> None:
+    model, token_ids = tiny_t5().to(device), captions(LENGTHS[2])
     exact = alone(model, token_ids)
     model = make_float16_safe(model.to(dtype))
     ours, theirs = encode_packed(model, token_ids), alone(model, token_ids)
