@@ -113,7 +113,7 @@ def main() -> None:
         lines.append(figures(name, drawn(OPTIONS[name]), exact))
         print(lines[-1], flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    result = {"benchmark": f"{len(rows)} captions of {args.split}, {args.steps} steps, guidance 4.5", "device": name}
+    result = {"benchmark": f"{len(rows)} captions of {args.split}, {settings}", "device": name}
     write_report(args.out, {**result, "rows": lines})
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     rows = rows_of(gallery, args.limit)
     pictures, result = {}, {}
     pictures["teacher 20"], result["teacher"] = drawn(
-        open_pipeline(), gallery, rows, DrawingSettings(20, 4.5, batch_size=args.bs)
+        open_pipeline(), gallery, rows, DrawingSettings(20, batch_size=args.bs)
     )
     seconds = {}
     for name, family, config, steps in (

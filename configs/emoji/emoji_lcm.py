@@ -19,7 +19,7 @@ class_dropout_prob = 0.0
 loss_type = "huber"
 huber_c = 1e-3
 num_ddim_timesteps = 50
-cfg_scale = 3.5  # uncond + 4.5 (cond - uncond): the guidance that the teacher is drawn with
+cfg_scale = 2.0  # uncond + 3 (cond - uncond): the guidance that the teacher is drawn with
 ema_decay = 0.95
 
 log_interval = 50

@@ -28,17 +28,21 @@ CAPTION_KINDS = {"label": 0, "label with keywords": 1, "a 3D emoji of": 2}
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How the pictures are drawn; picture i has seed + i. solver: by name; None = the pipeline's own."""
+    """How the pictures are drawn; picture i has seed + i.
+
+    guidance_scale, solver: None = the model's usual one.
+    """
 
     num_inference_steps: int = 20
-    guidance_scale: float = 4.5
+    guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 16
     solver: str | None = None
 
     def __str__(self) -> str:
         solver = "" if self.solver is None else f"{self.solver}, "
-        return f"{solver}{self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
+        guidance = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
+        return f"{solver}{self.num_inference_steps} steps{guidance}"
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def test_the_bundled_model_is_measured_from_end_to_end(gallery: Gallery, tmp_pat
 
     pipeline = PixArtPipeline.from_pretrained(ROOT / "output/pretrained_models/emoji-256")
     pipeline.set_progress_bar_config(disable=True)
-    settings = DrawingSettings(num_inference_steps=2, batch_size=2)
+    settings = DrawingSettings(2, 4.5, batch_size=2)
     outcomes = evaluate_captions(pipeline, gallery, ["train"], ["label"], [settings], limit=3)
     outcomes += evaluate_free_prompts(
         pipeline, gallery, [FreePrompt("anything", tuple(set(gallery.concepts)))], [settings]
@@ -222,10 +222,12 @@ def test_the_bundled_model_is_measured_from_end_to_end(gallery: Gallery, tmp_pat
     assert len(list(tmp_path.glob("sheet-*.png"))) == 4
     assert "| 100.0 % |" in (tmp_path / "retrieval.md").read_text()
     again = draw(
-        pipeline, [caption_of(gallery.samples[gallery.split("train")[0]], "label")], DrawingSettings(2, batch_size=1)
+        pipeline,
+        [caption_of(gallery.samples[gallery.split("train")[0]], "label")],
+        DrawingSettings(2, 4.5, batch_size=1),
     )
     assert np.abs(np.asarray(again[0], int) - np.asarray(outcomes[0].pictures[0], int)).max() <= 2
-    other = DrawingSettings(2, batch_size=1, solver="sa-solver")
+    other = DrawingSettings(2, 4.5, batch_size=1, solver="sa-solver")
     (outcome,) = evaluate_captions(pipeline, gallery, ["train"], ["label"], [other], limit=1)
     assert outcome.figures["name"] == "train, label, sa-solver, 2 steps, guidance 4.5"
     assert type(pipeline.scheduler).__name__ == "SASolverScheduler"
