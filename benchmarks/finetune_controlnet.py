@@ -155,7 +155,7 @@ def main() -> None:
     args.grid.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(
         [t.resize((t.width // 2, t.height // 2)) for t in triples], [labels[i] for i in chosen], columns=3
-    ).save(args.grid)
+    ).save(args.grid, quality=88)
     print(f"sheet (edges, ControlNet, base): {args.grid}")
 
 

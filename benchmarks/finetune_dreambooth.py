@@ -48,7 +48,7 @@ def main() -> None:
     add("--data", default="data/emoji", help="captioned pictures, all of which are compared (default: %(default)s)")
     add("--tiny", action="store_true", help="1 subject, 1 step, 2 pictures")
     add("--output", type=Path, default=Path("benchmarks/results/finetune_dreambooth.json"))
-    add("--grid", type=Path, default=Path("docs/images/finetune_dreambooth.png"))
+    add("--grid", type=Path, default=Path("docs/images/finetune_dreambooth.webp"))
     args = parser.parse_args()
     args.subjects = list(SUBJECTS)
     if args.tiny:
@@ -219,7 +219,7 @@ def save_grid(path: Path, sheets: list[tuple[str, list[Any]]]) -> None:
             sheet.paste(image.resize((128, 128), Image.Resampling.LANCZOS), (128 * place, 0))
         pictures.append(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(pictures, [label for label, _ in sheets], columns=2).save(path, optimize=True)
+    labelled_grid(pictures, [label for label, _ in sheets], columns=2).save(path, quality=88)
 
 
 if __name__ == "__main__":

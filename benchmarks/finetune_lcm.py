@@ -93,7 +93,7 @@ def write_sheet(path: Path, pictures: dict[str, list], labels: list[str]) -> Non
         [picture.resize((128, 128)) for picture, _ in cells], [text for _, text in cells], columns=len(chosen)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet.save(path, quality=88)
     print(f"sheet: {path}")
 
 

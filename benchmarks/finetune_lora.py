@@ -41,7 +41,7 @@ def main() -> None:
     add("--data", default="data/emoji", help="captioned pictures, all of which are compared (default: %(default)s)")
     add("--tiny", action="store_true", help="2 steps and 4 concepts")
     add("--output", type=Path, default=Path("benchmarks/results/finetune_lora.json"))
-    add("--grid", type=Path, default=Path("docs/images/finetune_lora.png"))
+    add("--grid", type=Path, default=Path("docs/images/finetune_lora.webp"))
     args = parser.parse_args()
     if args.tiny:
         args.steps, args.batch_size, args.concepts, args.inference_steps = 2, 2, 4, 2
@@ -174,7 +174,7 @@ def save_grid(
         sheets.append(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [f"{labels[index]}: base, LoRA, real picture redrawn" for index in list(chosen)[:12]]
-    labelled_grid(sheets, texts, columns=2).save(path, optimize=True)
+    labelled_grid(sheets, texts, columns=2).save(path, quality=88)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the training configs")
     add("--work-dir", type=Path, default=Path(f"output/{name}"))
     add("--output", type=Path, default=Path(f"benchmarks/results/{name}.json"))
-    add("--grid", type=Path, default=Path(f"benchmarks/results/{name}.png"))
+    add("--grid", type=Path, default=Path(f"docs/images/{name}.webp"))
 
 
 def ensure_store(source: str | Path, out: Path, pictures: int | None, condition: str | None = None) -> Path:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def table_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The table that a page of docs/ gets, by its name, of results by theirs."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tables = importlib.import_module("measured_tables")
+
+    def write(name: str, results: dict[str, dict[str, Any]]) -> str:
+        folder = tmp_path / "results"
+        folder.mkdir()
+        for stem, figures in results.items():
+            (folder / f"{stem}.json").write_text(json.dumps(figures))
+        table: str = tables.TABLES[name](folder)
+        assert "not measured yet" not in table
+        return table
+
+    return write
+
+
 @pytest.mark.slow
-def test_memory_plans(tmp_path: Path) -> None:
+def test_memory_plans(tmp_path: Path, table_of: Callable[..., str]) -> None:
     out = tmp_path / "plans.json"
     command = [sys.executable, "benchmarks/bench_memory_plans.py", "--tiny", "--device", "cpu", "--out", str(out)]
     options = ["--rows", "full", "full x4", "4gb", "--steps", "2", "--repeats", "1", "--timeout_s", "500"]
@@ -26,6 +47,7 @@ def test_memory_plans(tmp_path: Path) -> None:
     assert set(result["rows"]) == {"full", "full x4", "4gb"}
     assert result["bars"]["latents of full and 4gb are bit-equal"] is True
     assert all(row["completes"] and row["finite"] for row in result["rows"].values())
+    assert "| `4gb` | 4.0 | " in table_of("memory_plans", {"memory_plans": result})
 
 
 def run(*arguments: object) -> None:
@@ -119,7 +141,7 @@ def test_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_presets(tmp_path: Path) -> None:
+def test_presets(tmp_path: Path, table_of: Callable[..., str]) -> None:
     """The command that measures presets runs them all; --child is its own way to a process a preset."""
     out = tmp_path / "presets.json"
     command = [sys.executable, "benchmarks/measure_presets.py", "--tiny", "--output", str(out)]
@@ -130,6 +152,7 @@ def test_presets(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["presets"]
     assert set(rows) == {"scratch-tiny", "full-24gb", "full-80gb"}
     assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())
+    assert "| `full-24gb` | " in table_of("presets", {"presets": json.loads(out.read_text())})
 
 
 @pytest.mark.slow
@@ -156,20 +179,22 @@ def finetune(name: str, tmp_path: Path, *options: object) -> dict:
 
 
 @pytest.mark.slow
-def test_finetune_lcm(tmp_path: Path) -> None:
+def test_finetune_lcm(tmp_path: Path, table_of: Callable[..., str]) -> None:
     lora, store = tmp_path / "lora", tmp_path / "store"
     result = finetune("finetune_lcm", tmp_path, "--lora-steps", 1, "--lora", lora, "--features", store)
     assert set(result["LCM"]) == set(result["LCM-LoRA"]) == {"8 steps", "4 steps", "2 steps", "1 steps"}
     assert len(result["bars"]) == 2
     assert (lora / "adapter_model.safetensors").stat().st_size < 6e6
+    assert "| LCM-LoRA | " in table_of("lcm", {"finetune_lcm": result})
 
 
 @pytest.mark.slow
-def test_finetune_controlnet(tmp_path: Path) -> None:
+def test_finetune_controlnet(tmp_path: Path, table_of: Callable[..., str]) -> None:
     places = ["--moved", tmp_path / "moved", "--features", tmp_path / "store", "--sampling-steps", 2]
     result = finetune("finetune_controlnet", tmp_path, *places)
     assert result["bars"]["strength 0 is the base bit for bit"] is True
     assert 0 <= result["moved edges"]["f1_of_base"] <= 1
+    assert "| moved edges | " in table_of("controlnet", {"finetune_controlnet": result})
 
 
 @pytest.fixture(scope="module")
@@ -199,25 +224,29 @@ def run_proof(name: str, data: Path, folder: Path) -> dict:  # type: ignore[type
 
 
 @pytest.mark.slow
-def test_lora_proof(few_pictures: Path, tmp_path: Path) -> None:
+def test_lora_proof(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
     result = run_proof("finetune_lora", few_pictures, tmp_path)
     assert result["concepts"] == 4
     assert result["adapter_file_mb"] < 2
     assert result["paired_distance_lora"] > 0
+    assert "% of the way |" in table_of("lora", {"finetune_lora": result})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_dreambooth_proof(few_pictures: Path, tmp_path: Path) -> None:
+def test_dreambooth_proof(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
     result = run_proof("finetune_dreambooth", few_pictures, tmp_path)
     assert [row["prior_preservation"] for row in result["rows"]] == [True, False]
     assert {(row["subject"], row["class"]) for row in result["rows"]} == {("poodle", "dog")}
+    assert "| poodle, a dog | yes | " in table_of("dreambooth", {"finetune_dreambooth": result})
 
 
 @pytest.mark.slow
-def test_finetuning(tmp_path: Path) -> None:
+def test_finetuning(tmp_path: Path, table_of: Callable[..., str]) -> None:
     run("benchmarks/bench_finetuning.py", "--tiny", "--output", tmp_path / "out.json")
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert "| recomputed | 64 | controlnet | 1 | " in table_of("finetuning", {"finetuning": result})
+    rows = result["rows"]
     names = ["full", "lora", "dora", "lora int8 base", "lcm", "lcm lora", "controlnet", "dmd"]
     assert [row["row"] for row in rows] == names
     assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"] < rows[-1]["trained_parameters_m"]

@@ -139,9 +139,21 @@ def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     levers = "\n".join(tables.levers_section(tmp_path))
     assert "| solver loop as one CUDA graph | `--fast` | sample-256 | 1.50x | same |" in levers
     assert "python benchmarks/compare.py train-1024 --arms ours ours-compile ours-fp8" in levers
-    assert tables.between_marks(f"a {tables.BEGIN} old {tables.END} b", "new").split("\n")[1] == "new"
-    with pytest.raises(ValueError, match="lacks"):
-        tables.between_marks("no marks", "new")
+
+
+def test_a_page_gets_the_tables_it_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tables = importlib.import_module("measured_tables")
+    page = "a\n<!-- table {} by tools/write_docs.py -->\n{}<!-- end of table -->\nb\n"
+    for name in tables.TABLES:
+        empty = tables.filled(page.format(name, ""), tmp_path)
+        assert "ot measured yet" in empty and empty.startswith("a\n<!-- table") and empty.endswith("-->\nb\n")
+        assert tables.filled(page.format(name, "old\n\nlines\n"), tmp_path) == empty
+    pair = page.format("lora", "") + "between\n" + page.format("lcm", "")
+    assert tables.filled(pair, tmp_path).count("between\n") == 1
+    assert tables.filled("no marks", tmp_path) == "no marks"
+    with pytest.raises(ValueError, match="there is no table 'other'; there are speed"):
+        tables.filled(page.format("other", ""), tmp_path)
 
 
 def run(*arguments: object, code: int = 0) -> str:

@@ -1,12 +1,16 @@
-"""Tables of figures within pages that are otherwise written by hand: which page, from which result, and how."""
+"""Tables of figures within pages that are written by hand: a page marks where each stands, by its name here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from performance_tables import MISSING, read
+import finetuning_tables
+from performance_tables import MISSING, read, readme_table
+
+_MARKED = re.compile(r"(<!-- table (\w+) by tools/write_docs\.py -->\n)(?:.*?\n)??(<!-- end of table -->)", re.DOTALL)
 
 
 def memory_plans(results: Path) -> str:
@@ -94,7 +98,36 @@ def where(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "inference.md": memory_plans,
-    "data.md": extraction,
-    "recipe.md": presets,
+    "speed": readme_table,
+    "memory_plans": memory_plans,
+    "extraction": extraction,
+    "presets": presets,
+    "finetuning": finetuning_tables.families,
+    "lora": finetuning_tables.lora,
+    "dreambooth": finetuning_tables.dreambooth,
+    "lcm": finetuning_tables.lcm,
+    "controlnet": finetuning_tables.controlnet,
 }
+
+
+def filled(text: str, results: Path) -> str:
+    """A page with the tables that it marks.
+
+    Raises:
+        ValueError: a mark with a name that no table has.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+        return f"{begin}{TABLES[name](results)}\n{end}"
+
+    return _MARKED.sub(fill, text)
+
+
+def marked_pages(root: Path) -> Iterator[Path]:
+    """README.md and pages of docs/ that mark a table."""
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        if _MARKED.search(path.read_text(encoding="utf-8")):
+            yield path

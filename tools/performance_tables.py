@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 MISSING = "not measured yet"
-BEGIN, END = "<!-- table by tools/write_docs.py -->", "<!-- end of table -->"
 # Rows of the comparison, in order: name of the row, what it does.
 ROWS = {
     "train-256": "training, 256 px",
@@ -137,16 +136,3 @@ def levers_section(results: Path) -> list[str]:
 
 def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # type: ignore[no-any-return]
-
-
-def between_marks(text: str, table: str) -> str:
-    """`text` with what stands between the marks replaced.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page lacks {BEGIN} or {END}; a table that is made of results stands between them")
-    return f"{before}{begin}\n{table}\n{end}{after}"

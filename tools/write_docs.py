@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,15 +182,13 @@ def public_names(tree: ast.Module) -> list[str]:
 
 def pages() -> dict[str, str]:
     """All pages that are made, or have a table that is, by their path below docs/."""
-    from measured_tables import TABLES  # these lie beside this program
-    from performance_tables import between_marks, readme_table
+    from measured_tables import filled, marked_pages  # these lie beside this program
     from scaling_model import Assumptions, measured, page
 
-    tables = {"../README.md": readme_table, **TABLES}
     return {
         **{
-            name: between_marks((ROOT / "docs" / name).read_text(encoding="utf-8"), table(RESULTS))
-            for name, table in tables.items()
+            os.path.relpath(path, ROOT / "docs"): filled(path.read_text(encoding="utf-8"), RESULTS)
+            for path in marked_pages(ROOT)
         },
         "models.md": models_page(),
         "scaling.md": page(measured(), Assumptions()),

@@ -1,0 +1,112 @@
+"""Tables and sheets of what `benchmarks/bench_finetuning.py` and `benchmarks/finetune_*.py` found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from performance_tables import MISSING, read
+
+_KINDS = {"finetuning": "recomputed", "finetuning_kept": "kept"}  # file -> activations
+
+
+def families(results: Path) -> str:
+    """Speed and memory of every family on XL/2."""
+    found = {kind: result for name, kind in _KINDS.items() if (result := read(results / f"{name}.json")) is not None}
+    if not found:
+        return _missing("bench_finetuning")
+    lines = [
+        "| activations | px | family | pictures a step | steps/s | step against full | peak memory | trained |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, result in found.items():
+        full = {row["size_px"]: row["steps_per_s"] for row in result["rows"] if row["row"] == "full"}
+        for row in result["rows"]:
+            peak = row.get("peak_memory_gib")
+            against = f"{full[row['size_px']] / row['steps_per_s']:.2f}x" if row["size_px"] in full else ""
+            lines.append(
+                f"| {kind} | {row['size_px']} | {row['row']} | {row['batch']} | {row['steps_per_s']:.2f} | {against} "
+                f"| {'' if peak is None else f'{peak:.1f} GiB'} | {row['trained_parameters_m']:.1f} M |"
+            )
+    device = {row.get("device", "cpu") for result in found.values() for row in result["rows"]}
+    return "\n".join([*lines, "", f"Measured on {', '.join(sorted(device))}, bf16, AdamW, without T5 and VAE."])
+
+
+def lora(results: Path) -> str:
+    """What the adapter of a style has learned."""
+    result = read(results / "finetune_lora.json")
+    if result is None:
+        return _missing("finetune_lora")
+    start, end = result["paired_distance_base"], result["paired_distance_lora"]
+    lines = [
+        "| judged on concepts it did not see | base | with the LoRA |",
+        "|---|---|---|",
+        f"| distance to the redrawn real picture (2 = that among redrawn pictures) | {start:.2f} "
+        f"| {end:.2f}: {100 * result['progress']:.0f} % of the way |",
+        f"| R@1, among real pictures / among redrawn ones | {100 * result['r1_base_among_real']:.0f} % "
+        f"| {100 * result['r1_lora_among_drawings']:.0f} % |",
+        f"| file | | {result['adapter_file_mb']:.1f} MB |",
+        f"| training | | {result['training_s']:.0f} s on {result['device']} |",
+    ]
+    return "\n".join([*lines, *_sheet("finetune_lora", "base, LoRA, redrawn real picture")])
+
+
+def dreambooth(results: Path) -> str:
+    """How often the subject is drawn, and what its class lost."""
+    result = read(results / "finetune_dreambooth.json")
+    if result is None:
+        return _missing("finetune_dreambooth")
+    lines = [
+        "| subject, taught as | prior preservation | drawn before | drawn after | R@1 of its class's group | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['subject']}, a {row['class']} | {'yes' if row['prior_preservation'] else 'no'} "
+            f"| {row['subject_drawn_before']} of {row['seeds']} | {row['subject_drawn']} of {row['seeds']} "
+            f"| {100 * row['class_r1_before']:.0f} % -> {100 * row['class_r1_after']:.0f} % | {row['training_s']:.0f} |"
+        )
+    return "\n".join([*lines, *_sheet("finetune_dreambooth", "subject, before, after, class after")])
+
+
+def lcm(results: Path) -> str:
+    """R@1 of the distilled models at few steps."""
+    result = read(results / "finetune_lcm.json")
+    if result is None:
+        return _missing("finetune_lcm")
+    counts = list(result["LCM"])
+    lines = [
+        f"| R@1 in % of {result['drawings']} labels | {' | '.join(counts)} | training |",
+        "|---" * (len(counts) + 2) + "|",
+    ]
+    for name in ("LCM", "LCM-LoRA"):
+        rates = " | ".join(f"{result[name][count]['r1']:.1f}" for count in counts)
+        lines.append(f"| {name} | {rates} | {result['training_seconds'][name]:.0f} s on {result['device']} |")
+    lines += ["", f"The teacher, 20 steps with guidance: {result['teacher']['r1']:.1f}."]
+    return "\n".join([*lines, *_sheet("finetune_lcm", "teacher, LCM and LCM-LoRA at 8, 4, 2, 1 steps")])
+
+
+def controlnet(results: Path) -> str:
+    """Whether drawings follow the edges, and still show what the label says."""
+    result = read(results / "finetune_controlnet.json")
+    if result is None:
+        return _missing("finetune_controlnet")
+    lines = [
+        "| condition | F1 of edges | base without condition | R@1 | R@1 of the base |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("own edges", "moved edges"):
+        row = result[name]
+        lines.append(
+            f"| {name} | {row['f1']:.2f} | {row['f1_of_base']:.2f} | {row['r1']:.1f} % | {result['base']['r1']:.1f} % |"
+        )
+    lines += ["", f"Trained for {result['training_seconds']:.0f} s on {result['device']}."]
+    return "\n".join([*lines, *_sheet("finetune_controlnet", "edges, ControlNet, base")])
+
+
+def _missing(program: str) -> str:
+    return f"`python benchmarks/{program}.py`: {MISSING}."
+
+
+def _sheet(name: str, what: str) -> list[Any]:
+    return ["", f"![{what}](images/{name}.webp)", "", f"*{what[0].upper()}{what[1:]}.*"]
