@@ -28,8 +28,8 @@ def memory_plans(results: Path) -> str:
             continue
         error = row.get("latents_error")
         latents = "" if error is None else "the same bits" if row["latents_equal"] else f"{100 * error:.1f} % off"
-        cap = row["cap_gb"] or "all"
-        lines.append(f"| {PLANS[name]} | {cap} | {row['peak_gb']} | {row['seconds']:.2f} | {latents} |")
+        cap, peak = row["cap_gb"] or "all", row.get("peak_gb", "")
+        lines.append(f"| {PLANS[name]} | {cap} | {peak} | {row['seconds']:.2f} | {latents} |")
     return "\n".join([*lines, "", f"{where(result)}; {result['benchmark']}."])
 
 
