@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ _FILE_NAME = re.compile(
     r"\.(pth|pt|bin|ckpt|safetensors|parquet|arrow|jsonl?|csv|tsv|txt|tar|gz|tgz|zip|png|jpe?g|webp|py)$", re.IGNORECASE
 )
 _PATIENCE_S = 5.0  # for an answer of the hub; HF_HUB_ETAG_TIMEOUT, the client's own variable for that, wins
+_REMEMBERED_S = 30.0  # a model has several parts, and each would wait for a hub that is silent
+_silent: dict[str, tuple[float, str]] = {}  # address -> when it did not answer, and why
 
 
 def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
@@ -56,18 +59,22 @@ def why_unreachable() -> str | None:
     """Why nothing can be asked of the hub, in a few words; None where it answers, whatever it says.
 
     Asked before each call of the client, which waits for a silent hub without limit and asks an absent one for most of
-    a minute.
+    a minute. A silent hub is not asked again within 30 seconds.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, unset it to ask"
+    address = endpoint()
+    if address in _silent and time.monotonic() - _silent[address][0] < _REMEMBERED_S:
+        return _silent[address][1]
     try:
-        get_session().head(endpoint(), timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _PATIENCE_S))
+        get_session().head(address, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _PATIENCE_S))
     except Exception as error:
         if not _of_http(error):
             raise
-        return first_line(error)
+        _silent[address] = (time.monotonic(), first_line(error))
+        return _silent[address][1]
     return None
 
 

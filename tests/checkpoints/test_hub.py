@@ -11,9 +11,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from diffusion.checkpoints import open_checkpoint
+from diffusion.checkpoints import hub, open_checkpoint
 from diffusion.checkpoints.download import download
-from diffusion.checkpoints.hub import hub_file, hub_folder, is_dataset_id, no_such_path, parse_hub_id
+from diffusion.checkpoints.hub import hub_file, hub_folder, is_dataset_id, no_such_path, parse_hub_id, why_unreachable
 from diffusion.checkpoints.published import find_published
 from diffusion.errors import CheckpointError
 from tests.checkpoints.hub_server import running_hub
@@ -93,6 +93,18 @@ def test_no_network_is_said_at_once(
     assert f"; fetch {address}/someone/model elsewhere and give its local path, or bring the cache" in said
     assert f"to {cache} (with HF_HUB_OFFLINE=1 nothing is asked), or set HF_ENDPOINT to a mirror" in said
     assert "\n" not in said
+
+
+def test_a_silent_hub_is_asked_once_for_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+    with silent_server() as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        begun = time.monotonic()
+        reasons = [why_unreachable() for _ in range(5)]
+        assert 1 <= time.monotonic() - begun < 3
+        assert len(set(reasons)) == 1 and "timed out" in str(reasons[0])
+    monkeypatch.setattr(hub, "_REMEMBERED_S", 0.0)
+    assert "timed out" not in str(why_unreachable()), "it is asked again after a while"
 
 
 def test_offline_by_wish_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
