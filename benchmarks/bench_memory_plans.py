@@ -138,7 +138,11 @@ def measure(pipeline: Any, args: argparse.Namespace, batch: int, folder: Path) -
         }
     if batch == 1:
         latents = pipeline(PROMPTS[0], seed=0, num_inference_steps=args.steps, output_type="latent").images
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         embeds = pipeline.encode_captions([PROMPTS[0]])[0]
+        if cuda:
+            result["text_allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         torch.save({"latents": latents.cpu(), "embeds": embeds.float().cpu()}, folder / f"{args.child}.pt")
     return result
 
