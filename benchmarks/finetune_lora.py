@@ -1,4 +1,4 @@
-"""Does a LoRA teach a style? Rank 8 on 12 ink drawings of bundled pictures, judged on 100 concepts it did not see.
+"""Does a LoRA teach a style? Rank 8 on 12 blueprints of bundled pictures, judged on 100 concepts it did not see.
 
     python benchmarks/finetune_lora.py                  # meant for one GPU
     python benchmarks/finetune_lora.py --tiny           # a few steps, to see that it runs
@@ -75,23 +75,26 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pipe.load_lora_weights(folder / "lora")
     after = draw(pipe, captions, settings)
 
-    def paired(pictures: list[Any]) -> float:
-        both, _ = drawings.distances(to_pixels(pictures))
-        return float(both[range(len(judged)), judged].mean())
+    def paired(pictures: list[Any]) -> tuple[float, float]:
+        """With colour and edges, and with edges alone."""
+        both, colour = (found[range(len(judged)), judged].mean() for found in drawings.distances(to_pixels(pictures)))
+        return float(both), float(both - colour)
 
     def first(gallery: Any, pictures: list[Any]) -> float:
         near = nearest_pictures(gallery.distances(to_pixels(pictures))[0], gallery.groups, 1)
         return recall(near, gallery.concepts, [gallery.concepts[row] for row in judged], 1)
 
-    start, end = paired(before), paired(after)
+    (start, edges_start), (end, edges_end) = paired(before), paired(after)
     figures = {
-        "benchmark": f"LoRA of rank 8 on {TRAINED} ink drawings, {args.steps} steps of {args.batch_size}",
+        "benchmark": f"LoRA of rank 8 on {TRAINED} blueprints, {args.steps} steps of {args.batch_size}",
         "device": str(device),
         "training_s": round(seconds, 1),
         "adapter_file_mb": round((folder / "lora" / PEFT_WEIGHTS).stat().st_size / 1e6, 3),
         "concepts": len(judged),
         "paired_distance_base": round(start, 4),
         "paired_distance_lora": round(end, 4),
+        "paired_distance_base_edges": round(edges_start, 4),
+        "paired_distance_lora_edges": round(edges_end, 4),
         "distance_among_drawings": 2.0,
         "progress": round((start - end) / (start - 2.0), 4),
         "r1_base_among_real": round(first(real, before), 4),

@@ -1,7 +1,7 @@
-"""A style that the bundled model never saw: pictures redrawn with ink on paper, outlines and hatching.
+"""A style that the bundled model never saw: pictures redrawn as blueprints, light outlines on blue paper.
 
-Pictures are smoothed; where a colour's gradient is steep, an outline is drawn; darker than three levels, lines at 45,
-135 and 0 degrees are added, 12 px apart. Nothing is random, so every picture has one drawing.
+Pictures are smoothed; where a colour's gradient is steep, an outline is drawn, and nothing else is. Nothing is random,
+so every picture has one drawing.
 """
 
 from __future__ import annotations
@@ -11,25 +11,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-_LEVELS = ((0.80, 45.0), (0.55, 135.0), (0.30, 0.0))
-_PERIOD_PX, _LINE_PX = 12.0, 4.0
-_PAPER, _INK = (250.0, 246.0, 236.0), (24.0, 28.0, 60.0)
+_PAPER, _LINE = (24.0, 60.0, 130.0), (240.0, 246.0, 255.0)
 
 
 def line_drawing(image: Image.Image) -> Image.Image:
-    """An RGB picture as an ink drawing of the same size."""
+    """An RGB picture as a blueprint of the same size."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None].float() / 255
-    grey = _smooth((pixels * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True), 5)[0, 0]
-    ink = _outlines(_smooth(pixels, 5))
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grey.shape), indexing="ij")
-    for level, degrees in _LEVELS:
-        angle = torch.deg2rad(torch.tensor(degrees))
-        across = (rows * angle.cos() + columns * angle.sin()).remainder(_PERIOD_PX)
-        distance = torch.minimum(across, _PERIOD_PX - across)  # to the middle of the nearest line, px
-        line = ((_LINE_PX / 2 + 0.5) - distance).clamp(0, 1)
-        ink = torch.maximum(ink, line * ((level - grey) * 12).clamp(0, 1))
-    paper, colour = torch.tensor(_PAPER), torch.tensor(_INK)
-    drawn = paper + ink[..., None] * (colour - paper)
+    lines = _outlines(_smooth(pixels, 5))
+    paper, colour = torch.tensor(_PAPER), torch.tensor(_LINE)
+    drawn = paper + lines[..., None] * (colour - paper)
     return Image.fromarray(drawn.round().to(torch.uint8).numpy())
 
 
