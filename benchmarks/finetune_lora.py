@@ -148,7 +148,6 @@ def train(args: argparse.Namespace, pictures: Path, out: Path) -> None:
         "num_train_epochs": 100000,
         "max_train_steps": args.steps,
         "checkpointing_steps": 100000,
-        "snr_gamma": 5,
         "mixed_precision": "bf16" if torch.cuda.is_available() else "no",
         "base_dtype": "fp32",
         "save_dtype": "fp16",
