@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from performance_tables import MISSING, read
 
-_KINDS = {"finetuning": "recomputed", "finetuning_kept": "kept"}  # file -> activations
-
-
-def families(results: Path) -> str:
+def families(*found: dict[str, Any]) -> str:
     """Speed and memory of every family on XL/2."""
-    found = {kind: result for name, kind in _KINDS.items() if (result := read(results / f"{name}.json")) is not None}
-    if not found:
-        return _missing("bench_finetuning")
     lines = [
         "| activations | px | family | pictures a step | steps/s | step against full | peak memory | trained |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kind, result in found.items():
+    for result in found:
+        kind = result["activations"].split(",")[0]
         full = {row["size_px"]: row["steps_per_s"] for row in result["rows"] if row["row"] == "full"}
         for row in result["rows"]:
             peak = row.get("peak_memory_gib")
@@ -28,15 +21,12 @@ def families(results: Path) -> str:
                 f"| {kind} | {row['size_px']} | {row['row']} | {row['batch']} | {row['steps_per_s']:.2f} | {against} "
                 f"| {'' if peak is None else f'{peak:.1f} GiB'} | {row['trained_parameters_m']:.1f} M |"
             )
-    device = {row.get("device", "cpu") for result in found.values() for row in result["rows"]}
+    device = {row.get("device", "cpu") for result in found for row in result["rows"]}
     return "\n".join([*lines, "", f"Measured on {', '.join(sorted(device))}, bf16, AdamW, without T5 and VAE."])
 
 
-def lora(results: Path) -> str:
+def lora(result: dict[str, Any]) -> str:
     """What the adapter of a style has learned."""
-    result = read(results / "finetune_lora.json")
-    if result is None:
-        return _missing("finetune_lora")
     start, end = result["paired_distance_base"], result["paired_distance_lora"]
     lines = [
         "| judged on concepts it did not see | base | with the LoRA |",
@@ -51,11 +41,8 @@ def lora(results: Path) -> str:
     return "\n".join([*lines, *_sheet("finetune_lora", "base, LoRA, redrawn real picture")])
 
 
-def dreambooth(results: Path) -> str:
+def dreambooth(result: dict[str, Any]) -> str:
     """How often the subject is drawn, and what its class lost."""
-    result = read(results / "finetune_dreambooth.json")
-    if result is None:
-        return _missing("finetune_dreambooth")
     lines = [
         "| subject, taught as | prior preservation | drawn before | drawn after | R@1 of its class's group | seconds |",
         "|---|---|---|---|---|---|",
@@ -69,11 +56,8 @@ def dreambooth(results: Path) -> str:
     return "\n".join([*lines, *_sheet("finetune_dreambooth", "subject, before, after, class after")])
 
 
-def lcm(results: Path) -> str:
+def lcm(result: dict[str, Any]) -> str:
     """R@1 of the distilled models at few steps."""
-    result = read(results / "finetune_lcm.json")
-    if result is None:
-        return _missing("finetune_lcm")
     counts = list(result["LCM"])
     lines = [
         f"| R@1 in % of {result['drawings']} labels | {' | '.join(counts)} | training |",
@@ -86,11 +70,8 @@ def lcm(results: Path) -> str:
     return "\n".join([*lines, *_sheet("finetune_lcm", "teacher, LCM and LCM-LoRA at 8, 4, 2, 1 steps")])
 
 
-def controlnet(results: Path) -> str:
+def controlnet(result: dict[str, Any]) -> str:
     """Whether drawings follow the edges, and still show what the label says."""
-    result = read(results / "finetune_controlnet.json")
-    if result is None:
-        return _missing("finetune_controlnet")
     lines = [
         "| condition | F1 of edges | base without condition | R@1 | R@1 of the base |",
         "|---|---|---|---|---|",
@@ -104,9 +85,5 @@ def controlnet(results: Path) -> str:
     return "\n".join([*lines, *_sheet("finetune_controlnet", "edges, ControlNet, base")])
 
 
-def _missing(program: str) -> str:
-    return f"`python benchmarks/{program}.py`: {MISSING}."
-
-
-def _sheet(name: str, what: str) -> list[Any]:
+def _sheet(name: str, what: str) -> list[str]:
     return ["", f"![{what}](images/{name}.webp)", "", f"*{what[0].upper()}{what[1:]}.*"]

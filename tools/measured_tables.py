@@ -13,11 +13,8 @@ from performance_tables import MISSING, read, readme_table
 _MARKED = re.compile(r"(<!-- table (\w+) by tools/write_docs\.py -->\n)(?:.*?\n)??(<!-- end of table -->)", re.DOTALL)
 
 
-def memory_plans(results: Path) -> str:
+def memory_plans(result: dict[str, Any]) -> str:
     """Peak and seconds of each plan on a card, for docs/inference.md."""
-    result = read(results / "memory_plans.json")
-    if result is None:
-        return f"`benchmarks/bench_memory_plans.py`: {MISSING}."
     lines = [
         "| plan | GB the process may take | GB it took, context counted | seconds a call | latents of `full` |",
         "|---|---|---|---|---|",
@@ -44,11 +41,8 @@ PLANS = {
 }
 
 
-def extraction(results: Path) -> str:
+def extraction(result: dict[str, Any], loader: dict[str, Any]) -> str:
     """Rows a second of extraction and loading, for docs/data.md."""
-    result, loader = read(results / "extraction_h100.json"), read(results / "loader.json")
-    if result is None or loader is None:
-        return f"`benchmarks/bench_extraction.py` or `bench_loader.py`: {MISSING}."
     captions = result["captions"]
     lines = [
         "| what | rows a second, to the disk | share of the matmul rate | the original's way | faster by |",
@@ -72,11 +66,8 @@ def extraction(results: Path) -> str:
     return "\n".join(lines)
 
 
-def presets(results: Path) -> str:
+def presets(result: dict[str, Any]) -> str:
     """Memory and seconds a step of the presets, for docs/recipe.md."""
-    result = read(results / "presets.json")
-    if result is None:
-        return f"`benchmarks/measure_presets.py`: {MISSING}."
     lines = [
         "| preset | peak memory | seconds a step | images a step | loss at the first step -> after | steps |",
         "|---|---|---|---|---|---|",
@@ -97,16 +88,30 @@ def where(result: dict[str, Any]) -> str:
     return f"Measured on {result['device']}, torch {result['versions']['torch']}"
 
 
+def made_of(
+    write: Callable[..., str], program: str, *stems: str, enough: Callable[[list[bool]], bool] = all
+) -> Callable[[Path], str]:
+    """A table of results by the names of their files; where not `enough` of them are there, how to get them."""
+
+    def table(results: Path) -> str:
+        found = [read(results / f"{stem}.json") for stem in stems]
+        if not enough([result is not None for result in found]):
+            return f"`python benchmarks/{program}.py`: {MISSING}."
+        return write(*(result for result in found if result is not None))
+
+    return table
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "speed": readme_table,
-    "memory_plans": memory_plans,
-    "extraction": extraction,
-    "presets": presets,
-    "finetuning": finetuning_tables.families,
-    "lora": finetuning_tables.lora,
-    "dreambooth": finetuning_tables.dreambooth,
-    "lcm": finetuning_tables.lcm,
-    "controlnet": finetuning_tables.controlnet,
+    "memory_plans": made_of(memory_plans, "bench_memory_plans", "memory_plans"),
+    "extraction": made_of(extraction, "bench_extraction", "extraction_h100", "loader"),
+    "presets": made_of(presets, "measure_presets", "presets"),
+    "finetuning": made_of(finetuning_tables.families, "bench_finetuning", "finetuning", "finetuning_kept", enough=any),
+    **{
+        name: made_of(getattr(finetuning_tables, name), f"finetune_{name}", f"finetune_{name}")
+        for name in ("lora", "dreambooth", "lcm", "controlnet")
+    },
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from diffusion.images import IMAGE_SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 _ROW = "a row is {'file_name': 'a.png', 'text': 'a caption'}"
-_BOM = b"\xef\xbb\xbf"
 
 
 def read_folder(root: str | Path, splits: Sequence[str] | None = None) -> list[Sample]:
@@ -114,7 +114,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     # Only a line feed ends a row: str.splitlines would also cut at U+2028, which may stand inside a caption.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             place = f"{path} line {number}"
@@ -129,7 +129,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     try:
-        text = as_utf8(path.read_bytes().removeprefix(_BOM), str(path))
+        text = as_utf8(path.read_bytes().removeprefix(BOM_UTF8), str(path))
     except DataError as error:
         yield str(path), str(error)
         return
@@ -170,6 +170,6 @@ def read_text(path: Path) -> str:
         DataError: unreadable, or of another encoding.
     """
     try:
-        return as_utf8(path.read_bytes().removeprefix(_BOM), str(path))
+        return as_utf8(path.read_bytes().removeprefix(BOM_UTF8), str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); mend or remove it") from error

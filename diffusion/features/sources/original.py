@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read_json_list(path: Path) -> list[Any]:
         DataError: unreadable, not JSON (with the line), or no list.
     """
     try:
-        content = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        content = json.loads(path.read_bytes().removeprefix(BOM_UTF8).decode("utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); mend or replace it") from error
     except json.JSONDecodeError as error:

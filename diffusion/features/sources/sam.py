@@ -7,10 +7,10 @@ text files by the name of their picture, in whatever folder. Those of pictures t
 
 from __future__ import annotations
 
-import codecs
 import logging
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from diffusion.errors import DataError
 from diffusion.features.sources.folder import find_pictures, read_text
 from diffusion.features.sources.sample import (
+    MAX_TEXT_BYTES,
     Maker,
     PictureFile,
     Sample,
@@ -32,20 +33,20 @@ from diffusion.features.sources.sample import (
 from diffusion.images import IMAGE_SUFFIXES
 
 _logger = logging.getLogger(__name__)
-_ARCHIVES = ("*.tar.gz", "*.tgz")
-_MAX_TEXT_BYTES = 10_000_000
+_ARCHIVES = (".tar.gz", ".tgz")
 
 
 def is_sam(root: Path) -> bool:
     """Whether a folder has this layout."""
-    return any((root / name).is_dir() for name in ("images", "Images")) and (
-        (root / "captions").is_dir() or bool(caption_archives(root))
-    )
+    return _images(root) is not None and ((root / "captions").is_dir() or bool(_archives(root)))
 
 
-def caption_archives(root: Path) -> list[Path]:
-    """Archives in the folder itself or in its `captions`."""
-    return sorted(path for folder in (root, root / "captions") for kind in _ARCHIVES for path in folder.glob(kind))
+def _images(root: Path) -> Path | None:
+    return next((root / name for name in ("images", "Images") if (root / name).is_dir()), None)
+
+
+def _archives(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.endswith(_ARCHIVES))
 
 
 def scan_sam(root: Path, partitions: Sequence[Path] = (), splits: Sequence[str] | None = None) -> Source:
@@ -54,12 +55,12 @@ def scan_sam(root: Path, partitions: Sequence[Path] = (), splits: Sequence[str] 
     Raises:
         DataError: no captions, or an archive that is none.
     """
-    images = next((root / name for name in ("images", "Images") if (root / name).is_dir()), root)
-    captions, archives = root / "captions", caption_archives(root)
+    images, captions = _images(root) or root, root / "captions"
+    archives = [*_archives(root), *_archives(captions)]
     if not captions.is_dir() and not archives:
         raise DataError(
             f"{captions} does not exist; the SAM layout has images/NAME.jpg, and captions/NAME.txt or an archive of "
-            f"them ({', '.join(_ARCHIVES)})"
+            f"them (*{', *'.join(_ARCHIVES)})"
         )
     pictures, wrong = find_pictures(images)
     by_stem: dict[str, str] = {}
@@ -123,13 +124,13 @@ class _Archive:
     def _take(self, member: str, content: bytes | None, stems: list[str]) -> None:
         place = f"{self.path}!{member}"
         if stems and content is None:
-            self.wrong.append((place, refuse(f"{place}: no caption has more than {_MAX_TEXT_BYTES} bytes")))
+            self.wrong.append((place, refuse(f"{place}: no caption has more than {MAX_TEXT_BYTES} bytes")))
         elif len(stems) > 1:
             self.wrong.append((place, refuse(f"{place}: {stems[0]!r} and {stems[1]!r} have this name; rename one")))
         elif stems and stems[0] in self.texts:
             self.wrong.append((place, refuse(f"{place}: a second caption of {stems[0]!r}; remove one")))
         elif stems and content is not None:
-            self.texts[stems[0]] = _Packed(place, content.removeprefix(codecs.BOM_UTF8))
+            self.texts[stems[0]] = _Packed(place, content.removeprefix(BOM_UTF8))
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes | None]]:
@@ -137,7 +138,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | None]]:
     with tarfile.open(path, "r:gz") as tar:
         while (member := tar.next()) is not None:
             if member.isreg() and member.name.endswith(".txt"):
-                file = tar.extractfile(member) if member.size <= _MAX_TEXT_BYTES else None
+                file = tar.extractfile(member) if member.size <= MAX_TEXT_BYTES else None
                 yield member.name, None if file is None else file.read()
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of all
 

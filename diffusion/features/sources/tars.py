@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion.errors import DataError
 from diffusion.features.sources.sample import (
+    MAX_TEXT_BYTES,
     Maker,
     Sample,
     Source,
@@ -26,7 +27,6 @@ from diffusion.features.sources.sample import (
 )
 from diffusion.images import IMAGE_SUFFIXES
 
-_MAX_TEXT_BYTES = 10_000_000
 _Member = tuple[int, int]  # offset and size
 
 
@@ -113,8 +113,8 @@ def _grouped(path: Path, place: str, stem: str, members: dict[str, _Member]) -> 
 
 def _stretch(path: Path, member: _Member, place: str) -> bytes:
     offset, size = member
-    if not place.endswith(IMAGE_SUFFIXES) and size > _MAX_TEXT_BYTES:
-        raise DataError(f"{place}: {size} bytes are no caption; at most {_MAX_TEXT_BYTES}")
+    if not place.endswith(IMAGE_SUFFIXES) and size > MAX_TEXT_BYTES:
+        raise DataError(f"{place}: {size} bytes are no caption; at most {MAX_TEXT_BYTES}")
     try:
         with path.open("rb") as file:
             file.seek(offset)
