@@ -7,7 +7,6 @@ its tick stops, and the one that stands still is the one whose count is behind, 
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -206,16 +205,28 @@ class Watchdog:
         """Say it once (the lowest rank that is not to blame), dump all stacks, leave."""
         is_blamed = f"rank {self._mine.rank} on" in problem
         reporters = [rank for rank in sorted(self._peers) if f"rank {rank} on" not in problem]
-        with contextlib.suppress(OSError):
-            self._stacks.mkdir(parents=True, exist_ok=True)
-            with (self._stacks / f"rank-{self._mine.rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        if is_blamed:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        self._dump_stacks(is_blamed)
         if all_say or self._mine.rank == (reporters or [0])[0]:
             print(f"error: {problem}; stacks of all processes: {self._stacks}", file=sys.stderr, flush=True)
         time.sleep(_GRACE_S)  # the launcher ends the others as soon as one has left
         os._exit(EXIT_PEER_LOST)
+
+    def _dump_stacks(self, is_blamed: bool) -> None:
+        """The stacks of all threads go to a file of this process, and to stderr for the one to blame.
+
+        All processes share that stderr: it gets the text at once, for what faulthandler writes there piece by piece
+        would mix with the messages of the others.
+        """
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"rank-{self._mine.rank}.txt").open("w+") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                text = file.read()
+        except OSError as error:
+            text = f"no stacks of rank {self._mine.rank}: {error}"
+        if is_blamed:
+            print(text, file=sys.stderr, flush=True)
 
 
 def is_communication_error(error: BaseException) -> bool:

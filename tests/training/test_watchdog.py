@@ -102,7 +102,7 @@ def _content(path: Path) -> bytes:
 def test_a_hung_rank_is_named_with_its_stack(config_file: Path, tmp_path: Path) -> None:
     done = launch(config_file, tmp_path / "run", "hang@step=5,rank=1")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
+    assert len(lines) == 1, done.stderr[-6000:]
     assert re.search(r"rank 1 on \S+ \(pid \d+; last seen: forward of step 5\): no progress for [45] s", lines[0])
     assert done.stderr.count("exitcode  : 78") == 2
     assert "before_forward" in (tmp_path / "run/stacks/rank-1.txt").read_text()
