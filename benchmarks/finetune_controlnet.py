@@ -107,7 +107,7 @@ def drawings(
 def main() -> None:
     args = build_parser().parse_args()
     show_notices()
-    gallery = load_gallery("data/emoji")
+    gallery = load_gallery(args.data)
     store = ensure_store(write_moved(gallery.samples, args.moved), args.features, args.pictures, "canny")
     begun = time.perf_counter()
     work_dir = args.work_dir / "run"

@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     show_notices()
-    store = ensure_store("data/emoji", args.features, args.pictures)
-    gallery = load_gallery("data/emoji")
+    store = ensure_store(args.data, args.features, args.pictures)
+    gallery = load_gallery(args.data)
     rows = rows_of(gallery, args.limit)
     pictures, result = {}, {}
     pictures["teacher 20"], result["teacher"] = drawn(

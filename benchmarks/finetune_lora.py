@@ -1,9 +1,9 @@
-"""Does a LoRA teach a style? Rank 8 on 12 blueprints of bundled pictures, judged on 100 concepts it did not see.
+"""Does a LoRA teach a style? Rank 8 on 12 pencil drawings of bundled pictures, judged on 100 concepts it did not see.
 
     python benchmarks/finetune_lora.py                  # meant for one GPU
     python benchmarks/finetune_lora.py --tiny           # a few steps, to see that it runs
 
-The drawings are made by benchmarks/line_drawing.py. Distances are those of the retrieval among real pictures, here
+The drawings are made by benchmarks/pencil_drawing.py. Distances are those of the retrieval among real pictures, here
 among the drawings of all real pictures; two of them are 2 apart on average, by the scale of the features.
 
 - progress: how far the paired distance (picture of a concept, drawing of its real picture) falls on the way from the
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from line_drawing import line_drawing
+from pencil_drawing import pencil_drawing
 from report import write_report
 
 from diffusion.errors import run_cli
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from diffusion.evaluation.retrieval import load_gallery, nearest_pictures, recall, to_pixels
     from diffusion.inference import PixArtPipeline
 
-    real, drawings = load_gallery(args.data), load_gallery(args.data, line_drawing)
+    real, drawings = load_gallery(args.data), load_gallery(args.data, pencil_drawing)
     rows = one_row_a_concept(real, real.split("train"))
     taught = spread(rows, TRAINED)
     judged = spread([row for row in rows if row not in taught], args.concepts)
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     (start, edges_start), (end, edges_end) = paired(before), paired(after)
     figures = {
-        "benchmark": f"LoRA of rank 8 on {TRAINED} blueprints, {args.steps} steps of {args.batch_size}",
+        "benchmark": f"LoRA of rank 8 on {TRAINED} pencil drawings, {args.steps} steps of {args.batch_size}",
         "device": str(device),
         "training_s": round(seconds, 1),
         "adapter_file_mb": round((folder / "lora" / PEFT_WEIGHTS).stat().st_size / 1e6, 3),
@@ -123,7 +123,7 @@ def write_pictures(gallery: Any, rows: list[int], folder: Path) -> None:
     lines = []
     for row in rows:
         sample = gallery.samples[row]
-        line_drawing(sample.decode()).save(folder / f"{row}.png")
+        pencil_drawing(sample.decode()).save(folder / f"{row}.png")
         lines.append(json.dumps({"file_name": f"{row}.png", "captions": list(sample.captions)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -170,7 +170,7 @@ def save_grid(
     for index in list(chosen)[:12]:
         sheet = Image.new("RGB", (3 * 128, 128), "white")
         for place, image in enumerate(
-            (before[index], after[index], line_drawing(gallery.samples[rows[index]].decode()))
+            (before[index], after[index], pencil_drawing(gallery.samples[rows[index]].decode()))
         ):
             sheet.paste(image.resize((128, 128), Image.Resampling.LANCZOS), (128 * place, 0))
         sheets.append(sheet)

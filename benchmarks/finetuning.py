@@ -26,7 +26,8 @@ PARTS = "output/pretrained_models/emoji-256"
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add = parser.add_argument
     add("--batch-size", type=int, default=256, help="training samples a step (default: %(default)s)")
-    add("--pictures", type=int, help="only so many pictures of data/emoji, evenly spaced (default: all)")
+    add("--data", default="data/emoji", help="captioned pictures, all of which are compared (default: %(default)s)")
+    add("--pictures", type=int, help="train on so many of them, evenly spaced (default: all)")
     add("--limit", type=int, default=110, help="captions drawn a split (default: %(default)s)")
     add("--bs", type=int, default=110, help="pictures drawn at a time (default: %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the training configs")

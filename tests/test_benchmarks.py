@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.programs import run_program
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,26 +37,23 @@ def table_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     return write
 
 
+def run(program: str, *options: object) -> None:
+    """A benchmark as a shell would start it where there is no GPU."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = run_program([program, *options], ROOT, environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_memory_plans(tmp_path: Path, table_of: Callable[..., str]) -> None:
     out = tmp_path / "plans.json"
-    command = [sys.executable, "benchmarks/bench_memory_plans.py", "--tiny", "--device", "cpu", "--out", str(out)]
-    options = ["--rows", "full", "full x4", "4gb", "--steps", "2", "--repeats", "1", "--timeout_s", "500"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = ["--rows", "full", "full x4", "4gb", "--steps", 2, "--repeats", 1, "--timeout_s", 500]
+    run("benchmarks/bench_memory_plans.py", "--tiny", "--device", "cpu", "--out", out, *options)
     result = json.loads(out.read_text())
     assert set(result["rows"]) == {"full", "full x4", "4gb"}
     assert result["bars"]["latents of full and 4gb are bit-equal"] is True
     assert all(row["completes"] and row["finite"] for row in result["rows"].values())
     assert "| `4gb` | 4.0 | " in table_of("memory_plans", {"memory_plans": result})
-
-
-def run(*arguments: object) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -83,8 +82,8 @@ def test_bundled_recipe(tmp_path: Path) -> None:
         shutil.copy(ROOT / "data/emoji" / json.loads(row)["file_name"], captions / "images")
     out = tmp_path / "recipe.json"
     stages = ["vae", "decoder", "features", "transformer", "folder"]
-    run("benchmarks/bundled_recipe.py", *stages, "--work", tmp_path, "--tiny", "--output", out,
-        "--from-bundled", "tokenizer", "text_encoder")  # fmt: skip
+    run("benchmarks/bundled_recipe.py", *stages, "--work", tmp_path, "--tiny", "--device", "cpu",
+        "--output", out, "--from-bundled", "tokenizer", "text_encoder")  # fmt: skip
     result = json.loads(out.read_text())["stages"]
     assert list(result) == stages
     assert result["decoder"]["scaling_factor"] == result["vae"]["scaling_factor"]  # the latents stay
@@ -144,11 +143,7 @@ def test_parallel(tmp_path: Path) -> None:
 def test_presets(tmp_path: Path, table_of: Callable[..., str]) -> None:
     """The command that measures presets runs them all; --child is its own way to a process a preset."""
     out = tmp_path / "presets.json"
-    command = [sys.executable, "benchmarks/measure_presets.py", "--tiny", "--output", str(out)]
-    command += ["--work-dir", str(tmp_path / "runs")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("benchmarks/measure_presets.py", "--tiny", "--output", out, "--work-dir", tmp_path / "runs")
     rows = json.loads(out.read_text())["presets"]
     assert set(rows) == {"scratch-tiny", "full-24gb", "full-80gb"}
     assert all(row["seconds_a_step"] > 0 and row["last_loss"] < 2 for row in rows.values())
@@ -164,24 +159,39 @@ def test_saving(tmp_path: Path) -> None:
     assert result["checkpoint_mb"] > 1
 
 
-FEW = ["--pictures", 24, "--steps", 1, "--batch-size", 2, "--limit", 1, "--bs", 2]
+@pytest.fixture(scope="module")
+def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the bundled pictures: of those that are trained on every 150th, and the first subject of the DreamBooth
+    benchmark with its class; and two that are held out."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = [json.loads(line) for line in (ROOT / "data/emoji/metadata.jsonl").read_text().splitlines()]
+    subject = [next(row for row in rows if row["concept"] == concept) for concept in ("poodle", "dog")]
+    others = [row for row in rows[::150] if row["split"] == "train"]
+    chosen = [*others, *(row for row in rows[40:] if row["group"] == subject[0]["group"])][:30]
+    (folder / "images").mkdir()
+    held_out = [row for row in rows if row["split"] == "heldout"][:2]
+    unique = {row["file_name"]: row for row in [*chosen, *subject, *held_out]}
+    for name in unique:
+        shutil.copy(ROOT / "data/emoji" / name, folder / name)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
+    return folder
 
 
-def finetune(name: str, tmp_path: Path, *options: object) -> dict:
+FEW = ["--steps", 1, "--batch-size", 2, "--limit", 1, "--bs", 2]
+
+
+def finetune(name: str, data: Path, tmp_path: Path, *options: object) -> dict:
     out = tmp_path / "out.json"
-    places = ["--work-dir", tmp_path / "run", "--output", out, "--grid", tmp_path / "out.png"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"benchmarks/{name}.py", *map(str, [*FEW, *places, *options])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    places = ["--data", data, "--work-dir", tmp_path / "run", "--output", out, "--grid", tmp_path / "out.png"]
+    run(f"benchmarks/{name}.py", *FEW, *places, *options)
     assert (tmp_path / "out.png").is_file()
     return json.loads(out.read_text())
 
 
 @pytest.mark.slow
-def test_finetune_lcm(tmp_path: Path, table_of: Callable[..., str]) -> None:
+def test_finetune_lcm(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
     lora, store = tmp_path / "lora", tmp_path / "store"
-    result = finetune("finetune_lcm", tmp_path, "--lora-steps", 1, "--lora", lora, "--features", store)
+    result = finetune("finetune_lcm", few_pictures, tmp_path, "--lora-steps", 1, "--lora", lora, "--features", store)
     assert set(result["LCM"]) == set(result["LCM-LoRA"]) == {"8 steps", "4 steps", "2 steps", "1 steps"}
     assert len(result["bars"]) == 2
     assert (lora / "adapter_model.safetensors").stat().st_size < 6e6
@@ -189,36 +199,17 @@ def test_finetune_lcm(tmp_path: Path, table_of: Callable[..., str]) -> None:
 
 
 @pytest.mark.slow
-def test_finetune_controlnet(tmp_path: Path, table_of: Callable[..., str]) -> None:
+def test_finetune_controlnet(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
     places = ["--moved", tmp_path / "moved", "--features", tmp_path / "store", "--sampling-steps", 2]
-    result = finetune("finetune_controlnet", tmp_path, *places)
+    result = finetune("finetune_controlnet", few_pictures, tmp_path, *places)
     assert result["bars"]["strength 0 is the base bit for bit"] is True
     assert 0 <= result["moved edges"]["f1_of_base"] <= 1
     assert "| moved edges | " in table_of("controlnet", {"finetune_controlnet": result})
 
 
-@pytest.fixture(scope="module")
-def few_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of the bundled pictures: every 150th, and the first subject of the DreamBooth benchmark with its class."""
-    folder = tmp_path_factory.mktemp("few")
-    rows = [json.loads(line) for line in (ROOT / "data/emoji/metadata.jsonl").read_text().splitlines()]
-    subject = [next(row for row in rows if row["concept"] == concept) for concept in ("poodle", "dog")]
-    others = [row for row in rows[::150] if row["split"] == "train"]
-    chosen = [*others, *(row for row in rows[40:] if row["group"] == subject[0]["group"])][:30]
-    (folder / "images").mkdir()
-    unique = {row["file_name"]: row for row in [*chosen, *subject]}
-    for name in unique:
-        shutil.copy(ROOT / "data/emoji" / name, folder / name)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
-    return folder
-
-
 def run_proof(name: str, data: Path, folder: Path) -> dict:  # type: ignore[type-arg]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"benchmarks/{name}.py", "--tiny", "--data", data, "--output", folder / "result.json"]
-    command += ["--grid", folder / "grid.png"]
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    places = ["--output", folder / "result.json", "--grid", folder / "grid.png"]
+    run(f"benchmarks/{name}.py", "--tiny", "--data", data, *places)
     assert (folder / "grid.png").stat().st_size > 1000
     return json.loads((folder / "result.json").read_text())
 
@@ -243,7 +234,7 @@ def test_dreambooth_proof(few_pictures: Path, tmp_path: Path, table_of: Callable
 
 @pytest.mark.slow
 def test_finetuning(tmp_path: Path, table_of: Callable[..., str]) -> None:
-    run("benchmarks/bench_finetuning.py", "--tiny", "--output", tmp_path / "out.json")
+    run("benchmarks/bench_finetuning.py", "--tiny", "--device", "cpu", "--output", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert "| recomputed | 64 | controlnet | 1 | " in table_of("finetuning", {"finetuning": result})
     rows = result["rows"]
@@ -256,7 +247,7 @@ def test_finetuning(tmp_path: Path, table_of: Callable[..., str]) -> None:
 def test_fast_sampling(tmp_path: Path) -> None:
     out = tmp_path / "fast.json"
     arms = ["plain", "loop", "graph"]
-    options = ["--tiny", "--repeats", 1, "--rows", "256", "1024-lcm", "--arms", *arms, "--stream", 2]
+    options = ["--tiny", "--device", "cpu", "--repeats", 1, "--rows", "256", "1024-lcm", "--arms", *arms, "--stream", 2]
     run("benchmarks/check_fast_sampling.py", "--out", out, *options)
     result = json.loads(out.read_text())
     assert result["all graphs equal their loops"] is True

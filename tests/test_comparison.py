@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from diffusion.errors import DeviceMemoryError
 from diffusion.models import KVCompression, PixArt, PixArtMS
 from diffusion.models.pixart import PixArtConfig
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"hidden_size": 48, "num_heads": 4, "depth": 2, "caption_channels": 32, "input_size": 8}
@@ -157,9 +155,7 @@ def test_a_page_gets_the_tables_it_marks(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_program(arguments)
     assert done.returncode == code, done.stderr[-2000:]
     return done.stderr if code else done.stdout
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.house.test_readme import ROOT, run
+from tests.house.test_readme import ROOT, run_bash, run_python
 
 PAGE = (ROOT / "docs/finetuning-distill-control.md").read_text(encoding="utf-8")
 TRAINING = (
@@ -35,14 +34,13 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # thirteen programs, of which each starts anew
 def test_commands_and_code(checkout: Path) -> None:
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
     lines = [" ".join(shlex.split(line, comments=True, posix=False)) for line in text.splitlines() if line.strip()]
     for command in lines:
         known = [start for start in APPENDED if command.startswith(start)]
         assert known, f"command {command!r} has no entry in APPENDED"
-        run(["bash", "-c", f"{command} {APPENDED[known[0]]}"], checkout)
+        run_bash(f"{command} {APPENDED[known[0]]}", checkout)
     assert len(lines) == 10
     output = checkout / "output"
     assert (output / "lcm/checkpoints/checkpoint-1/transformer_ema/config.json").is_file()
@@ -51,11 +49,8 @@ def test_commands_and_code(checkout: Path) -> None:
     assert len([*(output / "samples/lcm").glob("*.png")]) == 1
     assert len([*(output / "samples/control").glob("*.png")]) == 1
     export = "python tools/export_controlnet.py output/controlnet/checkpoints/checkpoint-1"
-    run(
-        ["bash", "-c", f"{export} --base output/pretrained_models/emoji-256 --output output/control.safetensors"],
-        checkout,
-    )
+    run_bash(f"{export} --base output/pretrained_models/emoji-256 --output output/control.safetensors", checkout)
     for code in blocks("python"):
-        run([sys.executable, "-c", code], checkout)
+        run_python(code, checkout)
     for name in ("lcm", "dmd"):
         assert (checkout / f"apple-{name}.png").stat().st_size > 1000

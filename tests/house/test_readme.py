@@ -6,17 +6,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import run_line, run_program
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INFERENCE = (ROOT / "docs/inference.md").read_text(encoding="utf-8")
 # What is appended to a command that begins so. None: it is not run here, for the reason beside it.
-SMALL_TRAINING = "train_batch_size=4 max_steps=1 num_workers=0 mixed_precision=no validation.prompts=[]"
+SMALL_TRAINING = "train_batch_size=4 max_steps=1 num_workers=0 mixed_precision=no compile=False validation.prompts=[]"
 APPENDED: dict[str, str | None] = {
     "make": None,  # the continuous integration calls the targets themselves
     "pip install": None,  # would change the environment that runs this test; `make install` does the same
@@ -28,7 +29,7 @@ APPENDED: dict[str, str | None] = {
     "python scripts/infer_pixart_8_bits.py": "--step 2",
     "python tools/check_data.py": "",
     "python tools/extract_features.py data/data_toy": "",
-    "python tools/extract_features.py": "--limit 48",
+    "python tools/extract_features.py": "--limit 16",
     "python train_scripts/train.py": f"--cfg-options {SMALL_TRAINING}",
     "torchrun": SMALL_TRAINING,  # ends with --cfg-options already
 }
@@ -43,12 +44,19 @@ def commands() -> list[str]:
     return [" ".join(shlex.split(line, comments=True, posix=False)) for line in text.splitlines() if line.strip()]
 
 
-def run(command: list[str], folder: Path) -> str:
+def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
-    return done.stdout
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def run_bash(line: str, folder: Path) -> None:
+    done = run_line(line, folder, environment())
+    assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
+
+
+def run_python(code: str, folder: Path) -> None:
+    done = run_program(["-c", code], folder, environment())
+    assert done.returncode == 0, f"{code}: {done.stderr[-2000:]}"
 
 
 @pytest.mark.slow
@@ -58,7 +66,7 @@ def test_commands(checkout: Path) -> None:
         known = [start for start in APPENDED if command.startswith(start)]
         assert known, f"README command {command!r} has no entry in APPENDED"
         if (appended := APPENDED[known[0]]) is not None:
-            run(["bash", "-c", f"{command} {appended}"], checkout)
+            run_bash(f"{command} {appended}", checkout)
             ran += 1
     assert ran >= 5
     assert (checkout / "output/features/emoji-256/manifest.json").is_file()
@@ -70,7 +78,7 @@ def test_commands(checkout: Path) -> None:
 @pytest.mark.slow
 def test_python_code(checkout: Path) -> None:
     for code in blocks("python"):
-        run([sys.executable, "-c", code], checkout)
+        run_python(code, checkout)
     assert (checkout / "apple.png").stat().st_size > 1000
 
 

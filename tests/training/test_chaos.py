@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import run_program
+from tests.programs import run_program
 
 
 @pytest.mark.slow

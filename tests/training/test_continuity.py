@@ -15,8 +15,9 @@ from diffusion.errors import CheckpointError, ConfigError, DataError
 from diffusion.features import ExtractionSettings, extract_folder
 from diffusion.training import Reporting, Trainer, denoising_objective
 from diffusion.training.continuity import check_config, check_data, data_identity
+from tests.programs import run_program
 from tests.training.test_trainer import train_program
-from tests.training.tiny_run import ROOT, run, run_program, write_config
+from tests.training.tiny_run import ROOT, run, write_config
 from tests.training.write_faults import in_child
 
 

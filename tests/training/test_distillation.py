@@ -18,7 +18,8 @@ from diffusion.models import PixArt
 from diffusion.training import Reporting, Trainer
 from diffusion.training.distillation import LCM, LCMLoRA
 from diffusion.training.family import Family
-from tests.training.tiny_run import curve, run_program, weights
+from tests.programs import run_program
+from tests.training.tiny_run import curve, weights
 
 FAMILIES = [LCM, LCMLoRA]
 SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2}

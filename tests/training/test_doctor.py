@@ -14,7 +14,8 @@ import torch
 from diffusion.config import load_config
 from diffusion.ranks import Ranks
 from diffusion.training.doctor import Finding, check_up, examine, save_bytes
-from tests.training.tiny_run import run, run_program
+from tests.programs import run_program
+from tests.training.tiny_run import run
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from diffusion.adapters import read_adapter
+from tests.programs import run_line
 from tests.training.tiny_run import ROOT
 
 PAGES = ("README.md", "docs/finetuning.md", "docs/dreambooth.md")
@@ -87,7 +87,7 @@ def test_command(number: int, checkout: Path, parts: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = adjusted(command, parts)
-    done = subprocess.run(["bash", "-c", line], cwd=checkout, env=environment, capture_output=True, text=True)
+    done = run_line(line, checkout, environment)
     assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
     if folder is None:
         return

@@ -25,7 +25,8 @@ from diffusion.objectives.levers import watch_blocks
 from diffusion.process import keyed_normal, keyed_timesteps, keyed_uniform
 from diffusion.training import build_network, denoising_objective
 from diffusion.training.building import build_training_data
-from tests.training.tiny_run import curve, run, run_program, weights
+from tests.programs import run_program
+from tests.training.tiny_run import curve, run, weights
 
 SMALL = ["hidden_size=48", "depth=4", "num_heads=2", "save_model_steps=100"]
 FLOW = ["process.prediction_type=flow", "pred_sigma=False"]

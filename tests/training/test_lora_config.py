@@ -13,7 +13,8 @@ from diffusion.adapters import PEFT_WEIGHTS
 from diffusion.config import load_config
 from diffusion.errors import CheckpointError, ConfigError
 from diffusion.training import replay_step
-from tests.training.tiny_run import curve, run, run_program, weights
+from tests.programs import run_program
+from tests.training.tiny_run import curve, run, weights
 
 OPTIONS = ["lora.rank=2", "hidden_size=32", "num_heads=2", "depth=1", "max_steps=4", "save_model_steps=2"]
 

@@ -23,7 +23,8 @@ from diffusion.training.posthoc_snapshots import (
     reconstruct,
     snapshot_path,
 )
-from tests.training.tiny_run import run, run_program, write_config
+from tests.programs import run_program
+from tests.training.tiny_run import run, write_config
 
 OPTIONS = ["posthoc_ema.snapshot_every_steps=2", "ema_rate=None"]
 

@@ -17,8 +17,9 @@ from diffusion.checkpoints.training_state import FORMAT_VERSION, verify
 from diffusion.config import TrainConfig, load_config
 from diffusion.files import hash_file
 from diffusion.training import Reporting, Trainer, denoising_objective
+from tests.programs import run_program
 from tests.training.test_trainer import train_program
-from tests.training.tiny_run import curve, run, run_program, weights
+from tests.training.tiny_run import curve, run, weights
 
 CELLS = [
     ["log_interval=4"],

@@ -18,8 +18,9 @@ from diffusion.errors import WorkDirLockedError
 from diffusion.files import FolderLock
 from diffusion.ranks import Ranks
 from diffusion.training.requests import Request, Requests, resume_command
+from tests.programs import run_program
 from tests.training.test_trainer import train_program
-from tests.training.tiny_run import ROOT, curve, run, run_program
+from tests.training.tiny_run import ROOT, curve, run
 from tests.waiting import wait_until
 
 

@@ -1,13 +1,9 @@
-"""Runs of the tiny configs of this folder, in this process or as programs, and what they left behind."""
+"""Runs of the tiny configs of this folder, and what they left behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -48,10 +44,3 @@ def curve(work_dir: Path, key: str = "loss") -> dict[int, float]:
 
 def weights(work_dir: Path, step: int, name: str = "transformer") -> dict[str, torch.Tensor]:
     return load_file(work_dir / "checkpoints" / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors")
-
-
-def run_program(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, **settings
-    )

@@ -1,0 +1,84 @@
+"""Programs as a shell would start them, without what a shell waits for: each runs in a process of its own that is
+forked from one which has already imported the large libraries. The imports take ten seconds, many a program one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["diffusion.inference", "diffusion.training", "diffusion.features", "diffusers", "peft"])
+
+
+def run_program(
+    arguments: Sequence[object],
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 500,
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in `folder`: a script with its options, or -c and code; -m starts a Python anew.
+
+    Raises:
+        subprocess.TimeoutExpired: it was ended after `timeout` seconds.
+    """
+    command = [str(argument) for argument in arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)} if environment is None else dict(environment)
+    if command[0] == "-m":
+        return _run_afresh([sys.executable, *command], folder, variables, timeout)
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place) / name for name in ("stdout", "stderr")]
+        child = _FORKS.Process(target=_run, args=(command, str(folder), variables, *map(str, outputs)))
+        child.start()
+        child.join(timeout)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            raise subprocess.TimeoutExpired(command, timeout)
+        texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in outputs]
+    return subprocess.CompletedProcess(["python", *command], child.exitcode, *texts)
+
+
+def run_line(
+    line: str, folder: Path, environment: Mapping[str, str], timeout: float = 500
+) -> subprocess.CompletedProcess[str]:
+    """A line of bash. One that is a call of Python and nothing else is a `run_program`."""
+    words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+    if words[0] == "python" and not {"&&", "||", "|", ";", ">", "<", "&"} & set(words):
+        return run_program(shlex.split(line)[1:], folder, environment, timeout)
+    return _run_afresh(["bash", "-c", line], folder, environment, timeout)
+
+
+def _run_afresh(
+    command: list[str], folder: Path, environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def _run(command: list[str], folder: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
+    """In the forked process: become the program."""
+    for number, path in ((1, stdout), (2, stderr)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if command[0] == "-c":
+        sys.argv = command[:1] + command[2:]
+        sys.path.insert(0, "")
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
+        with contextlib.suppress(KeyboardInterrupt):
+            runpy.run_path(command[0], run_name="__main__")
