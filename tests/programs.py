@@ -4,7 +4,6 @@ forked from one which has already imported the large libraries. The imports take
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import runpy
@@ -80,5 +79,4 @@ def _run(command: list[str], folder: str, environment: dict[str, str], stdout: s
     else:
         sys.argv = command
         sys.path.insert(0, str(Path(command[0]).resolve().parent))
-        with contextlib.suppress(KeyboardInterrupt):
-            runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")

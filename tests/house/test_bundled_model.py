@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 
+from diffusion.checkpoints import load_transformer
 from diffusion.inference import PixArtPipeline
+from diffusion.inference.recipe import model_fingerprint
+from diffusion.web.examples import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "output/pretrained_models/emoji-256"
@@ -29,6 +33,13 @@ def test_stock_diffusers_draws_the_same_picture() -> None:
     difference = np.abs(np.asarray(mine, int) - np.asarray(theirs, int))
     assert difference.max() <= 2
     assert np.asarray(mine).std() > 10
+
+
+def test_the_examples_of_the_page_were_drawn_by_it() -> None:
+    """The page shows pictures only where they are of the very weights; tools/draw_app_examples.py draws them anew."""
+    drawn_by = json.loads((SHIPPED / "model.json").read_text())["model_fingerprint"]
+    assert drawn_by == model_fingerprint(load_transformer(FOLDER / "transformer"))
+    assert len(list(SHIPPED.glob("*.webp"))) == 8
 
 
 def test_size_limits() -> None:
