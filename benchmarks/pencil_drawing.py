@@ -6,11 +6,13 @@ white, and outlines follow where a colour changes steeply. Nothing is random, so
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from diffusion.evaluation.retrieval import to_pixels
+from diffusion.images import to_pil
 
 _PAPER, _OUTLINE = (184, 148, 102), (38, 22, 14)
 _PERIOD = 16  # pixels along a row from stroke to stroke
@@ -19,11 +21,10 @@ _MOST_COVERED = 0.75
 
 def pencil_drawing(image: Image.Image) -> Image.Image:
     """An RGB picture as a pencil drawing of the same size."""
-    pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
-    smooth = _smooth(pixels, 5)
+    smooth = _smooth(to_pixels([image])[0], 5)
     drawn = _blend(_colour(_PAPER), smooth, _strokes(smooth))
     drawn = _blend(drawn, _colour(_OUTLINE), 0.9 * _outlines(smooth))
-    return Image.fromarray((drawn * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return to_pil(drawn * 2 - 1)
 
 
 def _strokes(pixels: Tensor) -> Tensor:

@@ -20,23 +20,22 @@ _FORKS.set_forkserver_preload(["diffusion.inference", "diffusion.training", "dif
 
 
 def run_program(
-    arguments: Sequence[object],
-    folder: Path = ROOT,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = 500,
+    arguments: Sequence[object], folder: Path = ROOT, timeout: float = 500, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` in `folder`: a script with its options, or -c and code; -m starts a Python anew.
 
+    Args:
+        variables: of the environment, beside those of this process.
     Raises:
         subprocess.TimeoutExpired: it was ended after `timeout` seconds.
     """
     command = [str(argument) for argument in arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)} if environment is None else dict(environment)
+    environment = {**_environment(), **variables}
     if command[0] == "-m":
-        return _run_afresh([sys.executable, *command], folder, variables, timeout)
+        return _run_afresh([sys.executable, *command], folder, environment, timeout)
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place) / name for name in ("stdout", "stderr")]
-        child = _FORKS.Process(target=_run, args=(command, str(folder), variables, *map(str, outputs)))
+        child = _FORKS.Process(target=_run, args=(command, str(folder), environment, *map(str, outputs)))
         child.start()
         child.join(timeout)
         if child.exitcode is None:
@@ -47,14 +46,27 @@ def run_program(
     return subprocess.CompletedProcess(["python", *command], child.exitcode, *texts)
 
 
-def run_line(
-    line: str, folder: Path, environment: Mapping[str, str], timeout: float = 500
-) -> subprocess.CompletedProcess[str]:
-    """A line of bash. One that is a call of Python and nothing else is a `run_program`."""
-    words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
-    if words[0] == "python" and not {"&&", "||", "|", ";", ">", "<", "&"} & set(words):
-        return run_program(shlex.split(line)[1:], folder, environment, timeout)
-    return _run_afresh(["bash", "-c", line], folder, environment, timeout)
+def run_line(line: str, folder: Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """A line of bash. A call of Python in which bash would expand or redirect nothing is a `run_program`."""
+    if line.startswith("python ") and not set("$`*?~{}|&;<>()") & set(line):
+        return run_program(shlex.split(line)[1:], folder, timeout)
+    return _run_afresh(["bash", "-c", line], folder, _environment(), timeout)
+
+
+def below_file_size(size: int, command: Sequence[object]) -> list[str]:
+    """Arguments of python for a script whose files may not grow beyond `size` bytes, as on a full disk."""
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+        "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return ["-c", code, *map(str, command)]
+
+
+def _environment() -> dict[str, str]:
+    """`python` is this one, and finds this repository."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def _run_afresh(

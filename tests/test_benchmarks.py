@@ -39,8 +39,7 @@ def table_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 
 def run(program: str, *options: object) -> None:
     """A benchmark as a shell would start it where there is no GPU."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = run_program([program, *options], ROOT, environment)
+    done = run_program([program, *options], CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -275,9 +274,7 @@ def test_scaling(tmp_path: Path) -> None:
         (mode, *way) for part in (ways[:1], ways[1:]) for mode in ("plain", "fast") for way in part
     ]
     assert len({row["rms_of_latents"] for row in result["sampling"]}) == 1
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tools/scaling_model.py", "--measured", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_program(["tools/scaling_model.py", "--measured", out])
     assert done.returncode == 0 and "From 2 GPUs of one host" in done.stdout, done.stderr
 
 

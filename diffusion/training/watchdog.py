@@ -7,6 +7,7 @@ its tick stops, and the one that stands still is the one whose count is behind, 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -217,16 +218,17 @@ class Watchdog:
         All processes share that stderr: it gets the text at once, for what faulthandler writes there piece by piece
         would mix with the messages of the others.
         """
-        try:
+        text = ""
+        with contextlib.suppress(OSError):
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"rank-{self._mine.rank}.txt").open("w+") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.seek(0)
                 text = file.read()
-        except OSError as error:
-            text = f"no stacks of rank {self._mine.rank}: {error}"
-        if is_blamed:
+        if is_blamed and text:
             print(text, file=sys.stderr, flush=True)
+        elif is_blamed:  # the disk is full, say
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
 def is_communication_error(error: BaseException) -> bool:

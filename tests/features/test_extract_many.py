@@ -21,6 +21,7 @@ from diffusion.features import ExtractionSettings, FeatureStore, extract_folder
 from diffusion.features.cli import run_extraction
 from diffusion.files import FolderLock
 from tests.features.test_extract import SETTINGS, contents, make_source
+from tests.programs import below_file_size
 from tests.tiny import write_tiny_pipeline_parts
 from tests.waiting import wait_until
 
@@ -87,13 +88,8 @@ def test_two_extractions_do_not_write_into_one_store(tmp_path: Path, pipeline: P
 
 def test_a_full_disk_is_one_line_and_the_store_continues(tmp_path: Path, pipeline: Path) -> None:
     source = make_source(tmp_path / "src", 12)
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = sys.argv[1:]; "
-        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     arguments = door("extract_features", source, "--out", tmp_path / "out", "--pretrained", pipeline)[1:]
-    command = [sys.executable, "-c", limited, *arguments, "--image-size", "32", "--device", "cpu"]
+    command = [sys.executable, *below_file_size(3000, [*arguments, "--image-size", "32", "--device", "cpu"])]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 74, done.stderr[-2000:]
     assert "Traceback" not in done.stderr

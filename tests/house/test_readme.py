@@ -3,10 +3,8 @@ take hours."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,18 +42,13 @@ def commands() -> list[str]:
     return [" ".join(shlex.split(line, comments=True, posix=False)) for line in text.splitlines() if line.strip()]
 
 
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-
-
 def run_bash(line: str, folder: Path) -> None:
-    done = run_line(line, folder, environment())
+    done = run_line(line, folder)
     assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
 
 
 def run_python(code: str, folder: Path) -> None:
-    done = run_program(["-c", code], folder, environment())
+    done = run_program(["-c", code], folder)
     assert done.returncode == 0, f"{code}: {done.stderr[-2000:]}"
 
 

@@ -16,7 +16,7 @@ from diffusion.files import FolderLock
 from diffusion.models import PixArt
 from diffusion.training import Reporting, Trainer, denoising_objective
 from diffusion.training.optimization import WeightAverage, lr_factor, parameter_groups, scaled_learning_rate
-from tests.programs import run_program
+from tests.programs import below_file_size, run_program
 from tests.training.tiny_run import curve, run, weights
 
 
@@ -133,13 +133,8 @@ def test_a_full_disk_ends_the_run_with_74_and_keeps_what_was_saved(config_file: 
     """Files may not grow beyond 100 kB, as on a full disk; a checkpoint of this model has larger ones."""
     assert run_program(train_program(config_file, tmp_path / "run", "max_steps=3")).returncode == 0
 
-    full_disk = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     command = train_program(config_file, tmp_path / "run", "max_steps=12", "save_model_steps=2")
-    done = run_program(["-c", full_disk, *command, "resume_from.checkpoint=latest"])
+    done = run_program(below_file_size(100_000, [*command, "resume_from.checkpoint=latest"]))
     assert done.returncode == 74, done.stderr[-2000:]
     assert "error: " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -16,8 +16,8 @@ from diffusion.errors import DataError
 from diffusion.images import decode_bytes, read_picture
 from diffusion.text import clean_caption
 
-# Columns of an index that are no attributes: the picture, its captions, their weights.
 MAX_TEXT_BYTES = 10_000_000  # of a text in an archive
+# Columns of an index that are no attributes: the picture, its captions, their weights.
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "weights", "sharegpt4v")
 
 
