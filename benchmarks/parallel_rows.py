@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BATCHES = {256: 128, 512: 36, 1024: 9}  # samples a process that 80 GB take, 0.4, 1.7 and 6.6 GiB each
+BATCHES = {256: 128, 512: 36, 1024: 9}  # samples a process that 80 GB take
+COMPILED_BATCHES = {256: 144, 512: 40, 1024: 10}  # 0.4, 1.5 and 5.8 GiB each
 TINY_BATCHES = {32: 4, 64: 4}
 APART = "apart"  # all processes train at once, each as if it were the only one
 
@@ -27,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, warm_up: int) 
     add("--compile", action="store_true", help="compile the blocks, in all rows of training")
     add("--part", help=argparse.SUPPRESS)  # what this process, started by `launch`, does
     add("--folder", type=Path, help=argparse.SUPPRESS)
+
+
+def batches(args: argparse.Namespace) -> dict[int, int]:
+    """Samples a process by size."""
+    if args.tiny:
+        return TINY_BATCHES
+    return COMPILED_BATCHES if args.compile else BATCHES
 
 
 def launch(part: str, processes: int, folder: str | Path) -> dict[str, Any]:
@@ -109,6 +117,8 @@ def time_row(
         "loss": trainer.last_loss,
         **(trainer.communication or {}),
     }
+    if ranks.is_main:  # kept in the log, should a later row fail
+        print(f"{ranks.world_size} x {strategy} {size} px: {row}", flush=True)
     del trainer
     free_memory(ranks.device)
     return row

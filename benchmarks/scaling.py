@@ -31,9 +31,8 @@ from typing import Any
 
 from parallel_rows import (
     APART,
-    BATCHES,
-    TINY_BATCHES,
     add_arguments,
+    batches,
     free_memory,
     in_this_start,
     launch,
@@ -91,7 +90,7 @@ def with_starts(args: argparse.Namespace, figures: dict[str, Any], starts: list[
     joined["commands"] = {**figures.get("commands", {}), **dict.fromkeys(args.sections, shlex.join(sys.argv))}
     joined["device"] = f"{max(args.processes)} x {starts[0]['device']}"
     how = "compiled" if args.compile else "eager"
-    joined["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {BATCHES}, {how}"
+    joined["benchmark"] = "tiny network" if args.tiny else f"XL/2, samples a process {batches(args)}, {how}"
     add_ratios(joined)
     return joined
 
@@ -109,7 +108,7 @@ def sections_here(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
 
 
 def batches_of(args: argparse.Namespace) -> dict[int, int]:
-    known = TINY_BATCHES if args.tiny else BATCHES
+    known = batches(args)
     return {size: known[size] for size in args.sizes or known}
 
 

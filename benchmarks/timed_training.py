@@ -173,7 +173,7 @@ def run_timed(
 
 
 def communication(events: Any) -> dict[str, float]:
-    """Share of profiled time in which kernels of NCCL ran (on a CPU, gloo's operations), and in which they ran alone.
+    """Share of profiled time in which NCCL or copies between GPUs ran (on a CPU, gloo's operations), and ran alone.
 
     The first counts waiting for slower processes too; only the second delays a step.
     """
@@ -186,7 +186,7 @@ def communication(events: Any) -> dict[str, float]:
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
         if on_card and (not is_kernel or getattr(event, "is_user_annotation", False)):
             continue
-        if "nccl" in name or name.startswith("gloo:"):
+        if any(part in name for part in ("nccl", "ptop", "symmetric_memory")) or name.startswith("gloo:"):
             talking.append(span)
         elif on_card or name.startswith("aten::"):
             others.append(span)

@@ -124,7 +124,7 @@ def test_training_levers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parallel(tmp_path: Path) -> None:
+def test_parallel(tmp_path: Path, table_of: Callable[..., str]) -> None:
     out = tmp_path / "parallel.json"
     run("benchmarks/bench_parallel.py", "--tiny", "--steps", 2, "--warm-up", 1, "--out", out)
     result = json.loads(out.read_text())
@@ -136,6 +136,9 @@ def test_parallel(tmp_path: Path) -> None:
     assert (
         result["bars"]["a run that moved from ddp to full_shard to one process has the losses of one process"] is True
     )
+    for row in result["rows"].values():
+        row["peak_gib"] = 1.0  # of a card
+    assert "| 64 px | `full_shard` | " in table_of("parallel", {"parallel": result})
 
 
 @pytest.mark.slow

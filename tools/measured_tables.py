@@ -84,6 +84,37 @@ def presets(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where({**result, 'device': device})}; from initial weights."])
 
 
+def parallel(result: dict[str, Any]) -> str:
+    """One GPU against several, for docs/training-parallel.md."""
+    lines = [
+        "| size | strategy | images/s of all | scaling | peak memory a GPU | communication: at all, alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        processes, strategy, size = name.split(" ", 3)[0], name.split(" ", 3)[2], name.split(" ", 3)[3]
+        if processes == "1":
+            before, after = result["one_process_before_and_after"][size]
+            rates, scaling, talk, strategy = f"{before:.1f} and {after:.1f}", "", "", "one GPU, before and after"
+        else:
+            rates, scaling = f"{row['images_per_s']:.1f}", f"{100 * result['scaling'][name]:.1f} %"
+            talk = f"{100 * row['communication_share']:.1f} %, {100 * row['exposed_communication_share']:.1f} %"
+        strategy = STRATEGIES.get(strategy, strategy)
+        lines.append(f"| {size} | {strategy} | {rates} | {scaling} | {row['peak_gib']:.1f} GiB | {talk} |")
+    gap = result["resume"]["largest relative gap"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{where(result)}; {result['benchmark']}. A run that went from DDP on all GPUs to FSDP2 to one GPU had the "
+            f"losses of one on a single GPU, within {gap:.0e} of each.",
+        ]
+    )
+
+
+STRATEGIES = {"ddp": "`ddp`", "ddp_by_nccl": "`ddp`, `sums_by='nccl'`", "full_shard": "`full_shard`",
+              "shard_grad_op": "`shard_grad_op`"}  # fmt: skip
+
+
 def where(result: dict[str, Any]) -> str:
     return f"Measured on {result['device']}, torch {result['versions']['torch']}"
 
@@ -106,6 +137,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": readme_table,
     "memory_plans": made_of(memory_plans, "bench_memory_plans", "memory_plans"),
     "extraction": made_of(extraction, "bench_extraction", "extraction_h100", "loader"),
+    "parallel": made_of(parallel, "bench_parallel", "parallel"),
     "presets": made_of(presets, "measure_presets", "presets"),
     "finetuning": made_of(finetuning_tables.families, "bench_finetuning", "finetuning", "finetuning_kept", enough=any),
     **{

@@ -30,6 +30,11 @@ class ParallelConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Precision in which gradients are summed over processes."
     )
+    sums_by: Literal["copies", "nccl"] = Field(
+        default="copies",
+        description="How ddp sums float32 gradients over the GPUs of one host: by their copy engines, which leaves the "
+        "multiprocessors to the backward pass, or by NCCL, which sums all others.",
+    )
 
     @model_validator(mode="after")
     def _numbers_are_read(self) -> Self:

@@ -23,6 +23,7 @@ from diffusion.models.cpu_linear import train_with_onednn
 from diffusion.models.kernels import Kernels, use_fp8, use_kernels
 from diffusion.objectives import OneStepNetworks
 from diffusion.ranks import Ranks
+from diffusion.training.copied_sums import CopiedSums, peer_memory
 from diffusion.training.run_log import LOGGER
 from diffusion.training.sharding import is_sharded, keep_shell, mesh_of
 
@@ -139,9 +140,12 @@ def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:
 
 
 def wrap(network: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """What the objective calls: the network itself, or DDP around it."""
+    """What the objective calls: the network itself, or what sums gradients around it."""
     if ranks.world_size == 1 or is_sharded(network):
         return network
+    parallel = config.parallel
+    if parallel.sums_by == "copies" and parallel.reduce_dtype == "fp32" and (memory := peer_memory(network, ranks)):
+        return CopiedSums(network, memory)
     if config.compile:  # dynamo would cut blocks at the borders of DDP's buckets; whole ones overlap with it as well
         torch._dynamo.config.optimize_ddp = False
     devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -151,7 +155,7 @@ def wrap(network: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     options: dict[str, Any] = {"device_ids": devices, switch: False}
     # Gradients stay where they were summed: 4 bytes a parameter less memory, and no pass that copies them back.
     model = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB, **options)
-    if config.parallel.reduce_dtype == "bf16":
+    if parallel.reduce_dtype == "bf16":
         model.register_comm_hook(None, bf16_compress_hook)
     return model
 
@@ -160,7 +164,7 @@ def synchronised_only_if(model: nn.Module, last: bool) -> Any:
     """Gradients are exchanged once a step, with the last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel) and not last:
+    elif isinstance(model, (CopiedSums, DistributedDataParallel)) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
 

@@ -5,23 +5,29 @@ Every scenario is a function of (config file, folder); what it leaves in the fol
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from diffusion.config import load_config
 from diffusion.errors import PixArtError
 from diffusion.ranks import Ranks
-from diffusion.training import Reporting, Trainer, denoising_objective
+from diffusion.training import Reporting, Trainer, copied_sums, denoising_objective, parallel
+from diffusion.training.copied_sums import CopiedSums, PeerMemory
 from diffusion.training.families import family_named
 
 SMALL = ["hidden_size=32", "depth=2", "num_heads=2"]
 MODES = {
     "ddp": [],
+    "copies": [],
     "full": ["use_fsdp=True"],
     "grad_op": ["parallel.strategy='shard_grad_op'"],
     "hybrid": ["parallel.strategy='hybrid_shard'", "parallel.shard_size=2"],
@@ -52,15 +58,18 @@ def local_batch(accumulation: int = 1) -> list[str]:
 
 def modes(config_file: Path, root: Path) -> None:
     """Every mode from the start, with accumulation, recomputation and validation; then across modes."""
-    wanted = ["hybrid"] if dist.get_world_size() == 4 else ["ddp", "full", "grad_op"]
+    wanted = ["hybrid", "copies"] if dist.get_world_size() == 4 else ["ddp", "copies", "full", "grad_op"]
     for name in wanted:
-        options = [*MODES[name], *local_batch(2 if name == "full" else 1), "gradient_clip=0.01"]
-        if name != "ddp":
+        accumulation = 2 if name in ("full", "copies") and dist.get_world_size() == 2 else 1
+        options = [*MODES[name], *local_batch(accumulation), "gradient_clip=0.01"]
+        if sharded := name not in ("ddp", "copies"):
             options += ["grad_checkpointing=True", "posthoc_ema.snapshot_every_steps=3"]
             options += ["grad_checkpointing_args.policy='selective'"] if name == "full" else []
-        trainer = train(config_file, root / name, *options)
+        with shared_memory(root) if name == "copies" else contextlib.nullcontext():
+            trainer = train(config_file, root / name, *options)
+        assert isinstance(trainer.model, CopiedSums) == (name == "copies")
         parameter = next(trainer.state.network.parameters())
-        assert isinstance(parameter, DTensor) == (name != "ddp")
+        assert isinstance(parameter, DTensor) == sharded
         if name == "hybrid":
             assert parameter.to_local().numel() <= parameter.numel() // 2 + parameter.numel() % 2
             assert parameter.device_mesh.shape == (2, 2)
@@ -71,6 +80,23 @@ def modes(config_file: Path, root: Path) -> None:
         for name in ("ddp", "full"):
             options = ["max_steps=4", "mixed_precision='bf16'", "parallel.reduce_dtype='bf16'"]
             train(config_file, root / f"bf16-{name}", *MODES[name], *local_batch(), *options)
+
+
+@contextlib.contextmanager
+def shared_memory(folder: Path) -> Iterator[None]:
+    """Gradients are averaged in memory that two processes share, as GPUs of a host do, in many buckets."""
+
+    def memory(network: nn.Module, ranks: Ranks) -> PeerMemory:
+        length, hosts = sum(parameter.numel() for parameter in network.parameters()), ranks.world_size // 2
+        host, rank = divmod(ranks.rank, 2)
+        files = [folder / f"gradients-{host}-{peer}" for peer in range(2)]
+        within = [dist.new_group([2 * each, 2 * each + 1]) for each in range(hosts)][host]
+        between = [dist.new_group(list(range(each, ranks.world_size, 2))) for each in range(2)][rank]
+        parts = [torch.from_file(str(file), shared=True, size=length) for file in files]
+        return PeerMemory(rank, parts, lambda: dist.barrier(within), None, hosts, between if hosts > 1 else None)
+
+    with mock.patch.object(parallel, "peer_memory", memory), mock.patch.object(copied_sums, "_BUCKET", 5000):
+        yield
 
 
 def compiled(config_file: Path, root: Path) -> None:

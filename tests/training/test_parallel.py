@@ -77,16 +77,17 @@ def assert_same_run(work_dir: Path, reference: Path, steps: int = 6) -> None:
         assert curve(work_dir, key) == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "full", "grad_op"])
+@pytest.mark.parametrize("mode", ["ddp", "copies", "full", "grad_op"])
 def test_two_processes_of_every_mode_equal_one(mode: str, one: Path, two: tuple[Path, str]) -> None:
-    """Clipped; full_shard also accumulates and recomputes selectively, shard_grad_op recomputes blocks."""
+    """Clipped; copies (ddp with shared memory) and full_shard also accumulate, full_shard recomputes selectively,
+    shard_grad_op recomputes blocks."""
     work_dir = two[0] / mode
     assert_same_run(work_dir, one)
     assert curve(work_dir, "validation_loss") == pytest.approx(curve(one, "validation_loss"), rel=1e-5)
     assert_same_state(work_dir, one, 6)
     names = {path.name for path in (one / "checkpoints/checkpoint-6").iterdir()}
     assert {path.name for path in (work_dir / "checkpoints/checkpoint-6").iterdir()} - {"posthoc_ema"} <= names
-    if mode != "ddp":  # snapshots of shards, gathered
+    if mode in ("full", "grad_op"):  # snapshots of shards, gathered
         from safetensors.torch import load_file
 
         for path in (one / "posthoc_ema").iterdir():
@@ -117,9 +118,11 @@ def test_shards_of_compiled_blocks(config_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_hybrid_shards_on_four_processes(config_file: Path, one: Path, tmp_path: Path) -> None:
+    """And gradients averaged by copies, as on two hosts."""
     run_workers(4, config_file, tmp_path, "modes")
-    assert_same_run(tmp_path / "hybrid", one)
-    assert_same_state(tmp_path / "hybrid", one, 6)
+    for mode in ("hybrid", "copies"):
+        assert_same_run(tmp_path / mode, one)
+        assert_same_state(tmp_path / mode, one, 6)
 
 
 class SamplerWithoutStep3(AspectRatioBatchSampler):
