@@ -42,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=12, help="blocks of the network")
     parser.add_argument("--saves", type=int, default=5, help="saves each way")
     parser.add_argument("--batch", type=int, default=8, help="pictures a step of the run that trains")
-    parser.add_argument("--steps", type=int, default=20, help="steps between two saves of it")
+    parser.add_argument(
+        "--steps", type=int, help="steps between two saves of it, longer than a write (20; on a GPU 100)"
+    )
     parser.add_argument("--image-size", type=int, default=256, help="of its pictures")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's temporary folder")
@@ -157,6 +159,7 @@ def main() -> None:
     args = parse_arguments()
     ranks = Ranks(args.device)
     device = ranks.device
+    args.steps = args.steps or (100 if device.type == "cuda" else 20)
     state = build_state(args.width, args.depth, device)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         synchronous = waits(state, Path(name) / "waiting", args.saves, in_background=False)
