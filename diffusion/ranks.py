@@ -57,6 +57,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_world_size(self) -> int:
+        """Processes on this host; all, where the launcher does not say."""
+        return _number("LOCAL_WORLD_SIZE", self.world_size, least=1)
+
     def mean(self, values: Tensor) -> Tensor:
         """Average of a tensor over the ranks."""
         return self._reduce(values, dist.ReduceOp.SUM) / self.world_size

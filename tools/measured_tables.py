@@ -91,15 +91,15 @@ def parallel(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        processes, strategy, size = name.split(" ", 3)[0], name.split(" ", 3)[2], name.split(" ", 3)[3]
+        processes, _, strategy, size = name.split(" ", 3)
+        label = "`ddp`, `sums_by='nccl'`" if strategy == "ddp_by_nccl" else f"`{strategy}`"
         if processes == "1":
             before, after = result["one_process_before_and_after"][size]
-            rates, scaling, talk, strategy = f"{before:.1f} and {after:.1f}", "", "", "one GPU, before and after"
+            rates, scaling, talk, label = f"{before:.1f} and {after:.1f}", "", "", "one GPU, before and after"
         else:
             rates, scaling = f"{row['images_per_s']:.1f}", f"{100 * result['scaling'][name]:.1f} %"
             talk = f"{100 * row['communication_share']:.1f} %, {100 * row['exposed_communication_share']:.1f} %"
-        strategy = STRATEGIES.get(strategy, strategy)
-        lines.append(f"| {size} | {strategy} | {rates} | {scaling} | {row['peak_gib']:.1f} GiB | {talk} |")
+        lines.append(f"| {size} | {label} | {rates} | {scaling} | {row['peak_gib']:.1f} GiB | {talk} |")
     gap = result["resume"]["largest relative gap"]
     return "\n".join(
         [
@@ -109,10 +109,6 @@ def parallel(result: dict[str, Any]) -> str:
             f"losses of one on a single GPU, within {gap:.0e} of each.",
         ]
     )
-
-
-STRATEGIES = {"ddp": "`ddp`", "ddp_by_nccl": "`ddp`, `sums_by='nccl'`", "full_shard": "`full_shard`",
-              "shard_grad_op": "`shard_grad_op`"}  # fmt: skip
 
 
 def where(result: dict[str, Any]) -> str:

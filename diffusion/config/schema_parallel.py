@@ -32,8 +32,8 @@ class ParallelConfig(Section):
     )
     sums_by: Literal["copies", "nccl"] = Field(
         default="copies",
-        description="How ddp sums float32 gradients over the GPUs of one host: by their copy engines, which leaves the "
-        "multiprocessors to the backward pass, or by NCCL, which sums all others.",
+        description="How ddp sums float32 gradients between the GPUs of a host: by copy engines, which leaves the "
+        "multiprocessors to the backward pass, or by NCCL.",
     )
 
     @model_validator(mode="after")

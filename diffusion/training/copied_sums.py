@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from diffusion.ranks import Ranks
 from diffusion.training.run_log import LOGGER
 
-_BUCKET = 25 << 20  # values, 100 MB: about one block of XL/2
+BUCKET_MB = 100  # a block of XL/2 has 85; larger ones wait longer, smaller ones do not fill a fast link
+BUCKET_VALUES = BUCKET_MB << 18  # of float32
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,13 @@ class PeerMemory:
     rank: of this process on its host. parts: of each process there, float32 (N); parts[rank] is this one's to write.
     barrier: on the current stream, all processes of the host have come here with what they wrote.
     stream: on which the memory is read and written once it is filled; None = the current one.
-    hosts: how many there are; between: the processes with this rank on their hosts, None for one host.
+    between: the processes with this rank on their hosts; None for one host.
     """
 
     rank: int
     parts: list[Tensor]
     barrier: Callable[[], object]
     stream: torch.cuda.Stream | None = None
-    hosts: int = 1
     between: dist.ProcessGroup | None = None
 
 
@@ -59,12 +60,11 @@ class Bucket:
 
     def gather(self) -> None:
         """Move gradients to where peers read them; those that were accumulated lie there already."""
-        fresh = [
-            (parameter, view) for parameter, view in zip(self.parameters, self.views) if parameter.grad is not view
-        ]
+        gradients = [parameter.grad for parameter in self.parameters]
+        fresh = [(gradient, view) for gradient, view in zip(gradients, self.views) if gradient is not view]
         if fresh:
-            torch._foreach_copy_([view for _, view in fresh], [parameter.grad for parameter, _ in fresh])  # type: ignore[misc]  # each has one
-        for parameter, view in fresh:
+            torch._foreach_copy_([view for _, view in fresh], [gradient for gradient, _ in fresh])  # type: ignore[misc]
+        for parameter, view in zip(self.parameters, self.views):
             parameter.grad = view
 
 
@@ -85,7 +85,7 @@ class CopiedSums(nn.Module):
         self._memory, self._stream, self._own = memory, memory.stream, memory.parts[memory.rank]
         self._trained = [(name, each) for name, each in network.named_parameters() if each.requires_grad]
         self._buckets: list[Bucket] = []
-        self._bucket_of: list[Bucket] = []  # by number of the parameter
+        self._bucket_of: dict[int, Bucket] = {}  # by number of the parameter
         self._arrived: list[int] = []
         self._averaged, self._averages, self._in_backward = 0, True, False
         own = weakref.ref(self)  # Python does not see a cycle through a hook, and would never free the network
@@ -123,18 +123,18 @@ class CopiedSums(nn.Module):
 
     def _average_complete(self) -> None:
         """In the order of the buckets, which is the same on all processes."""
-        while self._averages and self._averaged < len(self._buckets) and not self._buckets[self._averaged].missing:
+        for bucket in self._buckets[self._averaged :] if self._averages else []:
+            if bucket.missing:
+                return
+            with self._on_stream():
+                average_in_shares(bucket.parts, self._incoming, self._memory)
             self._averaged += 1
-            with self._on_stream(waits=True):
-                parts = self._buckets[self._averaged - 1].parts
-                average_in_shares(parts, self._incoming, self._memory)
 
     def _finish(self) -> None:
         """The backward pass has ended."""
         self._in_backward = False
-        if missing := sorted(
-            {name for name, _ in self._trained} - {self._trained[number][0] for number in self._arrived}
-        ):
+        if len(self._arrived) < len(self._trained):
+            missing = sorted(name for number, (name, _) in enumerate(self._trained) if number not in self._arrived)
             raise RuntimeError(
                 f"{len(missing)} parameters had no gradient in a backward pass: {', '.join(missing[:5])}"
             )
@@ -151,33 +151,27 @@ class CopiedSums(nn.Module):
         """Buckets in the order in which the main process's gradients came, filled with the gradients that are there."""
         order = [self._arrived]
         dist.broadcast_object_list(order, src=0)
-        groups: list[list[int]] = []
+        ends = itertools.accumulate(self._trained[number][1].numel() for number in order[0])
+        end_of = dict(zip(order[0], ends))
         begin = 0
-        for number in order[0]:
-            if not groups or sum(self._trained[each][1].numel() for each in groups[-1]) >= _BUCKET:
-                groups.append([])
-            groups[-1].append(number)
-        buckets = {}
-        for numbers in groups:
-            parameters, views, end = [self._trained[number][1] for number in numbers], [], begin
-            for parameter in parameters:
-                own = self._own[end : end + parameter.numel()]
-                views.append(own.as_strided(parameter.size(), parameter.stride()))
-                end += parameter.numel()
+        for _, group in itertools.groupby(order[0], lambda number: end_of[number] // BUCKET_VALUES):
+            numbers = list(group)
+            parameters, end = [self._trained[number][1] for number in numbers], end_of[numbers[-1]]
+            pieces = self._own[begin:end].split([parameter.numel() for parameter in parameters])
+            views = [piece.as_strided(each.size(), each.stride()) for piece, each in zip(pieces, parameters)]
             bucket = Bucket(parameters, [part[begin:end] for part in self._memory.parts], views)
             bucket.gather()
             self._buckets.append(bucket)
-            buckets.update(dict.fromkeys(numbers, bucket))
+            self._bucket_of.update(dict.fromkeys(numbers, bucket))
             begin = end
-        self._bucket_of = [buckets[number] for number in range(len(self._trained))]
         longest = max(bucket.parts[0].numel() for bucket in self._buckets)
         self._incoming = self._own.new_empty(longest // len(self._memory.parts) + 1)
 
-    def _on_stream(self, *, waits: bool = False) -> contextlib.AbstractContextManager[Any]:
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """What is queued inside comes after what the current stream holds so far."""
         if self._stream is None:
             return contextlib.nullcontext()
-        if waits:
-            self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
 
 
@@ -201,9 +195,11 @@ def average_in_shares(parts: list[Tensor], incoming: Tensor, memory: PeerMemory)
     for peer in others:  # no two processes read from the same one at once
         incoming.copy_(shares[peer][rank])
         own.add_(incoming)
+    hosts = 1
     if memory.between is not None:
+        hosts = memory.between.size()
         dist.all_reduce(own, group=memory.between)
-    own.div_(len(parts) * memory.hosts)
+    own.div_(len(parts) * hosts)
     memory.barrier()
     for peer in others:
         shares[rank][peer].copy_(shares[peer][peer])
@@ -215,16 +211,11 @@ def peer_memory(network: nn.Module, ranks: Ranks) -> PeerMemory | None:
     None otherwise, on all processes: no GPUs, one a host, no link between them, parameters in other precisions.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    reads = ranks.device.type == "cuda" and local > 1 and ranks.world_size % local == 0
-    reads = reads and ranks.rank % local == ranks.device.index and {each.dtype for each in trained} == {torch.float32}
-    others = (index for index in range(local) if index != ranks.device.index)
-    reads = reads and all(torch.cuda.can_device_access_peer(ranks.device, index) for index in others)
-    if ranks.any(not reads):
+    if ranks.any(not _reach_each_other(ranks) or {each.dtype for each in trained} != {torch.float32}):
         return None
     memory, problem = None, "another process could not"
     try:
-        memory = _open_memory(sum(parameter.numel() for parameter in trained), ranks, local)
+        memory = _open_memory(sum(parameter.numel() for parameter in trained), ranks)
     except (RuntimeError, ImportError, AttributeError) as error:  # a part of torch that is still moving
         problem = str(error)
     if ranks.any(memory is None):
@@ -233,22 +224,23 @@ def peer_memory(network: nn.Module, ranks: Ranks) -> PeerMemory | None:
     return memory
 
 
-def _open_memory(length: int, ranks: Ranks, local: int) -> PeerMemory:
+def _reach_each_other(ranks: Ranks) -> bool:
+    """Whether this GPU reads the memory of the host's others, and processes are numbered host by host."""
+    local, device = ranks.local_world_size, ranks.device
+    if device.type != "cuda" or local == 1 or ranks.world_size % local or ranks.rank % local != device.index:
+        return False
+    return all(torch.cuda.can_device_access_peer(device, index) for index in range(local) if index != device.index)
+
+
+def _open_memory(length: int, ranks: Ranks) -> PeerMemory:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    hosts = ranks.world_size // local
-    within, between = dist.group.WORLD, None
-    if hosts > 1:
-        within = _group_of(ranks, [[host * local + rank for rank in range(local)] for host in range(hosts)])
-        between = _group_of(ranks, [[host * local + rank for host in range(hosts)] for rank in range(local)])
+    local, within, between = ranks.local_world_size, dist.group.WORLD, None
+    if local < ranks.world_size:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size // local, local))
+        between, within = mesh.get_group(0), mesh.get_group(1)
     own = symmetric_memory.empty(length, dtype=torch.float32, device=ranks.device)
     handle = symmetric_memory.rendezvous(own, within)  # type: ignore[arg-type]  # it is open
     parts = [handle.get_buffer(rank, (length,), torch.float32) for rank in range(local)]
     stream = torch.cuda.Stream(ranks.device, priority=-1)
-    return PeerMemory(ranks.rank % local, parts, handle.barrier, stream, hosts, between)
-
-
-def _group_of(ranks: Ranks, members: list[list[int]]) -> dist.ProcessGroup:
-    """The group of this process; every process opens all of them."""
-    groups = {ranks.rank in each: dist.new_group(each) for each in members}
-    return groups[True]  # type: ignore[return-value]
+    return PeerMemory(ranks.rank % local, parts, handle.barrier, stream, between)

@@ -23,13 +23,12 @@ from diffusion.models.cpu_linear import train_with_onednn
 from diffusion.models.kernels import Kernels, use_fp8, use_kernels
 from diffusion.objectives import OneStepNetworks
 from diffusion.ranks import Ranks
-from diffusion.training.copied_sums import CopiedSums, peer_memory
+from diffusion.training.copied_sums import BUCKET_MB, CopiedSums, peer_memory
 from diffusion.training.run_log import LOGGER
 from diffusion.training.sharding import is_sharded, keep_shell, mesh_of
 
 AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_BUCKET_MB = 100  # a block of XL/2 has 85; larger ones wait longer, smaller ones do not fill a fast link
 
 
 def place(network: Any, config: TrainConfig, ranks: Ranks) -> Any:
@@ -130,7 +129,7 @@ def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:
     world = ranks.world_size
     if config.strategy != "hybrid_shard":
         return init_device_mesh(ranks.device.type, (world,), mesh_dim_names=("shard",))
-    size = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    size = config.parallel.shard_size or ranks.local_world_size
     if world % size or world == size or size == 1:
         raise ConfigError(
             f"parallel.strategy='hybrid_shard' needs several groups of several processes, and {world} processes do not "
@@ -154,7 +153,7 @@ def wrap(network: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"device_ids": devices, switch: False}
     # Gradients stay where they were summed: 4 bytes a parameter less memory, and no pass that copies them back.
-    model = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB, **options)
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB, **options)
     if parallel.reduce_dtype == "bf16":
         model.register_comm_hook(None, bf16_compress_hook)
     return model

@@ -102,6 +102,5 @@ def resume_command(ranks: Ranks) -> str:
     for flag in RESUME_FLAGS:
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    local = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world_size))
-    launcher = ["python"] if ranks.world_size == 1 else ["torchrun", "--nproc-per-node", local]
+    launcher = ["python"] if ranks.world_size == 1 else ["torchrun", "--nproc-per-node", str(ranks.local_world_size)]
     return shlex.join([*launcher, *words, "--resume-from", "latest"])

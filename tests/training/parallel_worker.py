@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from diffusion.config import load_config
@@ -87,15 +88,14 @@ def shared_memory(folder: Path) -> Iterator[None]:
     """Gradients are averaged in memory that two processes share, as GPUs of a host do, in many buckets."""
 
     def memory(network: nn.Module, ranks: Ranks) -> PeerMemory:
-        length, hosts = sum(parameter.numel() for parameter in network.parameters()), ranks.world_size // 2
-        host, rank = divmod(ranks.rank, 2)
+        length, (host, rank) = sum(parameter.numel() for parameter in network.parameters()), divmod(ranks.rank, 2)
         files = [folder / f"gradients-{host}-{peer}" for peer in range(2)]
-        within = [dist.new_group([2 * each, 2 * each + 1]) for each in range(hosts)][host]
-        between = [dist.new_group(list(range(each, ranks.world_size, 2))) for each in range(2)][rank]
+        mesh = init_device_mesh("cpu", (ranks.world_size // 2, 2))
+        between, within = mesh.get_group(0), mesh.get_group(1)
         parts = [torch.from_file(str(file), shared=True, size=length) for file in files]
-        return PeerMemory(rank, parts, lambda: dist.barrier(within), None, hosts, between if hosts > 1 else None)
+        return PeerMemory(rank, parts, lambda: dist.barrier(within), between=between if between.size() > 1 else None)
 
-    with mock.patch.object(parallel, "peer_memory", memory), mock.patch.object(copied_sums, "_BUCKET", 5000):
+    with mock.patch.object(parallel, "peer_memory", memory), mock.patch.object(copied_sums, "BUCKET_VALUES", 5000):
         yield
 
 
