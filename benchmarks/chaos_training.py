@@ -270,9 +270,13 @@ def extract(store: Path) -> None:
             settings = ExtractionSettings(image_size=64, dtype="fp32")
             extract_folder(ROOT / "data/emoji", store, PIPELINE, settings, limit=24)
             os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
         finally:
+            sys.stderr.flush()
             os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, f"the extraction ended with {code}"
 
 
 def main() -> None:

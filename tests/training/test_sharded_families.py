@@ -84,12 +84,20 @@ def assert_same_training(work_dir: Path, reference: Path) -> None:
     """Losses, norms, weights, averages and moments, within the reordering of float32 sums."""
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("validation_loss", 1e-5)):
         assert curve(work_dir, key) == pytest.approx(curve(reference, key), rel=tolerance), key
+    assert_close(optimizer_state(work_dir, 4), optimizer_state(reference, 4), 1e-4, "moments")
     ours, theirs = weight_files(work_dir), weight_files(reference)
-    ours["moments"], theirs["moments"] = (optimizer_state(folder, 4) for folder in (work_dir, reference))
-    assert {file: tensors.keys() for file, tensors in ours.items()} == {file: t.keys() for file, t in theirs.items()}
+    assert ours.keys() == theirs.keys()
     for file, tensors in theirs.items():
-        for key, tensor in tensors.items():
-            torch.testing.assert_close(ours[file][key], tensor, rtol=1e-3, atol=1e-5, msg=f"{file} {key}")
+        # Adam divides a gradient near 0 by its own size: rounding may turn the sign of such an element's step.
+        assert_close(ours[file], tensors, 2e-3, file)
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, where: str) -> None:
+    """Each tensor within a share of its norm; weights move by about 4 % of it here (lr 1e-3, four steps, std 0.08)."""
+    assert ours.keys() == theirs.keys(), where
+    for key, tensor in theirs.items():
+        difference = (ours[key] - tensor).float().norm().item()
+        assert difference <= tolerance * tensor.float().norm().item(), f"{where} {key}: {difference}"
 
 
 @pytest.mark.slow
