@@ -26,15 +26,18 @@ from diffusion.errors import PixArtError, run_cli
 ROOT = Path(__file__).resolve().parents[1]
 
 
+AND = " && python "
+
+
 class Task(NamedTuple):
-    """A command (arguments of python), the seconds it is expected to take on H100s, and how many of these it needs."""
+    """Arguments of python, of several programs with AND between them; expected seconds on H100s; how many it needs."""
 
     command: str
     seconds: int
     gpus: int = 1
 
 
-_BENCH = "benchmarks"
+_BENCH, _CAPTIONS = "benchmarks", "output/features/emoji-captions"
 _GPU_TESTS = "tests/models tests/process tests/inference tests/training tests/text tests/test_devices.py"
 TASKS = {
     "tests": Task(f"-m pytest -q -n 8 --dist loadfile -m 'not slow' {_GPU_TESTS}", 150),
@@ -44,8 +47,24 @@ TASKS = {
     "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
     "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
     "presets": Task(f"{_BENCH}/measure_presets.py", 240),
-    "stages": Task(f"{_BENCH}/recipe_stages.py --seconds 25", 330),
-    "saving": Task(f"{_BENCH}/bench_saving.py --out {_BENCH}/results/saving_h100.json", 180),
+    "stages": Task(f"{_BENCH}/recipe_stages.py --seconds 45", 450),
+    "emoji-captions": Task(
+        f"tools/add_captions.py data/emoji --output build/emoji-captions --captions 16{AND}"
+        f"tools/extract_features.py build/emoji-captions --out {_CAPTIONS}",
+        100,
+    ),
+    "emoji-alignment": Task(  # after emoji-captions
+        f"train_scripts/train_alignment_encoder.py --data data/emoji --output output/alignment-encoder{AND}"
+        f"tools/extract_alignment.py {_CAPTIONS} --encoder output/alignment-encoder "
+        "--out output/features/emoji-alignment",
+        100,
+    ),
+    "levers": Task(  # after both
+        f"{_BENCH}/ablation_emoji.py --seconds 40 --output {_BENCH}/results/ablation_levers.json "
+        "--arms base 'TREAD, ended' 'REPA, ended' 'REPA and TREAD' flow",
+        500,
+    ),
+    "saving": Task(f"{_BENCH}/bench_saving.py", 180),
     "finetuning": Task(f"{_BENCH}/bench_finetuning.py", 300),
     "finetuning-kept": Task(
         f"{_BENCH}/bench_finetuning.py --no_checkpointing --output {_BENCH}/results/finetuning_kept.json", 300
@@ -109,12 +128,17 @@ def run(name: str, log: Path) -> int:
     began = time.monotonic()
     with log.open("w") as stream:
         environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4", **os.environ}
-        command = [sys.executable, *shlex.split(TASKS[name].command)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    print(f"{name}: exit {done.returncode} after {time.monotonic() - began:.0f} s, {log}", flush=True)
-    if done.returncode:
+        for command in TASKS[name].command.split(AND):
+            program = [sys.executable, *shlex.split(command)]
+            status = subprocess.run(
+                program, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+            ).returncode
+            if status:
+                break
+    print(f"{name}: exit {status} after {time.monotonic() - began:.0f} s, {log}", flush=True)
+    if status:
         print("".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-25:]), flush=True)
-    return done.returncode
+    return status
 
 
 if __name__ == "__main__":

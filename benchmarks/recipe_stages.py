@@ -6,7 +6,7 @@
 Arms: captions at 256 px from nothing; a class-conditional DiT at 256 px first (pixel dependency), then captions from
 it; captions at 128 px first, then 256 px from them, with the position scale of the original (1) and interpolated (2).
 The first stage of an arm has SHARE of the time. A short run of every stage says how many steps fit. Results: validation
-loss at 256 px, and retrieval of what the averaged weights draw (see docs/bundled-model.md), as JSON and as a table.
+loss at 256 px, and retrieval of what the averaged weights draw (see docs/bundled-model.md). docs/recipe.md shows them.
 """
 
 from __future__ import annotations
@@ -77,8 +77,6 @@ def main() -> None:
         "whole_call_s": round(time.monotonic() - begun),
     }
     write_report(args.output, figures)
-    args.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    print(table(rows))
 
 
 def features(args: argparse.Namespace, size: int) -> Path:
@@ -135,16 +133,6 @@ def batch_size(config: str, options: list[str]) -> int:
 
     loaded = load_config(FOLDER / config, [*options, "validation.prompts=[]"], notify=lambda line: None)
     return loaded.train_batch_size * loaded.gradient_accumulation_steps
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Markdown."""
-    columns = ("validation_loss", "heldout_r1", "heldout_r5", "train_r1", "train_r5", "free_prompts")
-    lines = [f"| arm | steps | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for name, row in rows.items():
-        values = " | ".join(f"{row[column]:.4f}" for column in columns)
-        lines.append(f"| {name} | {' + '.join(map(str, row['steps']))} | {values} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

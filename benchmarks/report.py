@@ -22,7 +22,11 @@ def cpu_name() -> str:
 
 
 def write_report(path: Path, figures: dict[str, Any]) -> None:
-    """Print the figures and write them with their command, machine and versions as JSON."""
+    """Print the figures and write them with their command, machine and versions as JSON.
+
+    Args:
+        figures: may name a `device` of their own; else it is the first GPU, or the CPU where there is none.
+    """
     import torch
 
     from diffusion.inference.recipe import library_versions
@@ -34,7 +38,8 @@ def write_report(path: Path, figures: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "versions": library_versions(),
     }
-    text = json.dumps({**figures, **facts}, indent=1)
+    device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    text = json.dumps({**device, **figures, **facts}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     print(f"{text}\nwritten to {path}")

@@ -27,7 +27,7 @@ def table_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 
     def write(name: str, results: dict[str, dict[str, Any]]) -> str:
         folder = tmp_path / "results"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for stem, figures in results.items():
             (folder / f"{stem}.json").write_text(json.dumps(figures))
         table: str = tables.TABLES[name](folder)
@@ -89,6 +89,28 @@ def test_bundled_recipe(tmp_path: Path) -> None:
     assert result["transformer"]["history"][-1]["step"] == 2
     weights = tmp_path / "emoji-256/transformer/diffusion_pytorch_model.safetensors"
     assert 20e6 < weights.stat().st_size < 24e6
+
+
+@pytest.mark.slow
+def test_recipe_stages_and_levers(tmp_path: Path, table_of: Callable[..., str]) -> None:
+    stages, levers = tmp_path / "stages.json", tmp_path / "levers.json"
+    arm = "128 px first, scale 2"
+    run("benchmarks/recipe_stages.py", "--tiny", "--arms", arm, "--work-dir", tmp_path / "run", "--output", stages)
+    small = [
+        "hidden_size=64",
+        "num_heads=2",
+        "train_batch_size=4",
+        "num_workers=0",
+        "mixed_precision=no",
+        "compile=False",
+    ]
+    run("benchmarks/ablation_emoji.py", "--arms", "TREAD, ended", "--steps", 3, "--cfg-options", *small,
+        "--features", tmp_path / "run/features-256", "--limit", 2, "--bs", 2, "--sampling-steps", 2,
+        "--work-dir", tmp_path / "levers", "--output", levers)  # fmt: skip
+    results = {"recipe_stages": json.loads(stages.read_text()), "ablation_levers": json.loads(levers.read_text())}
+    assert results["recipe_stages"]["arms"][arm]["steps"] == [3, 3]
+    assert f"| {arm} | 3 + 3 | " in table_of("stages", results)
+    assert "| TREAD, ended | 3 | " in table_of("levers", results)
 
 
 @pytest.mark.slow

@@ -84,6 +84,40 @@ def presets(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where({**result, 'device': device})}; from initial weights."])
 
 
+_RETRIEVAL = "validation loss | held-out labels R@1, R@5 | trained labels R@1, R@5 | free prompts"
+
+
+def stages(result: dict[str, Any]) -> str:
+    """Arms of the recipe in miniature, for docs/recipe.md."""
+    lines = [f"| arm | steps | {_RETRIEVAL} |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {' + '.join(map(str, row['steps']))} | {_found(row)} |" for name, row in result["arms"].items()
+    ]
+    share = 100 * result["share_of_first_stage"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{where(result)}; {result['seconds']:g} s of training an arm, {share:.0f} % of it for a first stage. "
+            "Validation loss at 256 px, of the averaged weights.",
+        ]
+    )
+
+
+def levers(result: dict[str, Any]) -> str:
+    """Arms with and without the levers, for docs/recipe.md."""
+    lines = [f"| arm | steps | images/s | {_RETRIEVAL} |", "|---|---|---|---|---|---|---|"]
+    for name, row in result["arms"].items():
+        lines.append(f"| {name} | {row['steps']} | {row['images_per_s']:,} | {_found(row)} |")
+    return "\n".join([*lines, "", f"{where(result)}; {result['benchmark']}. Losses of flow are of another kind."])
+
+
+def _found(row: dict[str, Any]) -> str:
+    """Cells of `_RETRIEVAL`; shares in percent."""
+    pairs = [f"{100 * row[f'{split}_r1']:.1f}, {100 * row[f'{split}_r5']:.1f}" for split in ("heldout", "train")]
+    return " | ".join([f"{row['validation_loss']:.4f}", *pairs, f"{100 * row['free_prompts']:.0f}"])
+
+
 def parallel(result: dict[str, Any]) -> str:
     """One GPU against several, for docs/training-parallel.md."""
     lines = [
@@ -134,6 +168,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory_plans": made_of(memory_plans, "bench_memory_plans", "memory_plans"),
     "extraction": made_of(extraction, "bench_extraction", "extraction_h100", "loader"),
     "parallel": made_of(parallel, "bench_parallel", "parallel"),
+    "stages": made_of(stages, "recipe_stages", "recipe_stages"),
+    "levers": made_of(levers, "ablation_emoji", "ablation_levers"),
     "presets": made_of(presets, "measure_presets", "presets"),
     "finetuning": made_of(finetuning_tables.families, "bench_finetuning", "finetuning", "finetuning_kept", enough=any),
     **{
