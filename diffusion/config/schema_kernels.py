@@ -33,6 +33,11 @@ class KernelsConfig(Section):
         description="Norms, gates and GELU as Triton kernels, in blocks that are not compiled (CUDA); on a CPU a "
         "faster GELU in compiled blocks.",
     )
+    mlp: Literal["torch", "quack"] = Field(
+        default="torch",
+        description="quack: the feed-forward layer with its GELU inside the matrix products, by the package "
+        "quack-kernels (Hopper, half precision).",
+    )
     onednn: bool = Field(default=False, description="float32 products of a CPU by oneDNN instead of MKL.")
     bf16_stream: bool = Field(
         default=False, description="Under autocast, keep tokens between blocks in its precision instead of float32."

@@ -88,7 +88,8 @@ class DiTBlock(nn.Module):
         attended = self.attn(modulated_norm(tokens, shift1, scale1, fused=fused), grid)
         tokens = gated_residual(tokens, attended, gate1, fused=fused)
         normed = modulated_norm(tokens, shift2, scale2, fused=fused)
-        return gated_residual(tokens, gelu_mlp(normed, self.mlp, fused=fused), gate2, fused=fused)
+        changed = gelu_mlp(normed, self.mlp, fused=fused, form=self.kernels.mlp)
+        return gated_residual(tokens, changed, gate2, fused=fused)
 
 
 class DiTFinalLayer(nn.Module):

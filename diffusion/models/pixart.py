@@ -153,7 +153,8 @@ class PixArtBlock(nn.Module):
         tokens = gated_residual(tokens, self.drop_path(attended), gate1, fused=fused)
         captioned = self.cross_attn(tokens, caption, text)
         tokens, normed = residual_norm(tokens, captioned, shift2, scale2, fused=fused)
-        return gated_residual(tokens, self.drop_path(gelu_mlp(normed, self.mlp, fused=fused)), gate2, fused=fused)
+        changed = gelu_mlp(normed, self.mlp, fused=fused, form=self.kernels.mlp)
+        return gated_residual(tokens, self.drop_path(changed), gate2, fused=fused)
 
 
 class FinalLayer(nn.Module):

@@ -23,7 +23,7 @@ _HARMLESS = (
     "save_async", "max_failed_saves", "eval_sampling_steps", "validation", "train_batch_size",
     "gradient_accumulation_steps", "grad_checkpointing", "grad_checkpointing_args", "compile", "use_fsdp", "parallel",
     "deterministic", "health", "vae_pretrained", "posthoc_ema", "kernels.attention", "kernels.head_width",
-    "kernels.text", "kernels.fused",
+    "kernels.text", "kernels.fused", "kernels.mlp",
 )  # fmt: skip
 _ABOUT_THIS_START = ("work_dir", "load_from", "resume_from")  # not compared at all
 _LENGTH = ("max_steps", "num_epochs")  # harmless while the learning rate does not depend on the end of the run

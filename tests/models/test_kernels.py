@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from diffusion.models import ControlPixArt, PixArt
 from diffusion.models.kernels import FP8Linear, Kernels, attend, use_fp8, use_kernels
+from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.elementwise import _LogisticGelu
 from diffusion.models.kernels.products import MOST_KEYS
 
@@ -27,6 +28,7 @@ EXACT = {
     "packed text": Kernels(text="packed"),
     "packed text and head width": Kernels(text="packed", head_width=16),
     "fused where there is no Triton": Kernels(fused=True),
+    "quack where there is no CUDA": Kernels(mlp="quack"),
 }
 PLAIN = Kernels()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -187,8 +189,6 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
 @pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient", "fa3", "fa4"])
 @pytest.mark.parametrize("width", [None, 80])
 def test_attention_kernels_on_a_gpu(attention: str, width: int | None) -> None:
-    from diffusion.models.kernels.choice import is_installed
-
     if not is_installed(attention):
         pytest.skip(f"{attention} is not installed")
     torch.manual_seed(0)
@@ -216,11 +216,19 @@ def _attention(
 @gpu
 @pytest.mark.parametrize(
     "kernels",
-    [Kernels(attention="auto"), Kernels(text="spare", attention="cudnn"), Kernels(text="packed"), Kernels(fused=True)],
-    ids=["auto", "spare channel", "packed text", "fused"],
+    [
+        Kernels(attention="auto"),
+        Kernels(text="spare", attention="cudnn"),
+        Kernels(text="packed"),
+        Kernels(fused=True),
+        Kernels(mlp="quack"),
+    ],
+    ids=["auto", "spare channel", "packed text", "fused", "quack"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_bf16_on_a_gpu_is_as_exact_as_plain_bf16(kernels: Kernels, compiled: bool) -> None:
+    if not is_installed(kernels.mlp):
+        pytest.skip(f"{kernels.mlp} is not installed")
     size = dict(hidden_size=288, num_heads=4)  # heads of 72 channels
     exact = results(network(device="cuda", **size).double(), inputs("cuda"))
     given, fast = inputs("cuda", torch.float32), network(kernels, "cuda", **size)
@@ -304,3 +312,5 @@ def test_an_unknown_choice_is_named() -> None:
         Kernels(attention="fast")
     with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed"):
         Kernels(text="none")
+    with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, quack"):
+        Kernels(mlp="fast")

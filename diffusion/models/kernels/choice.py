@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from dataclasses import dataclass, replace
@@ -15,9 +16,14 @@ from diffusion.models.kernels.elementwise import can_fuse
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed")
+MLPS = ("torch", "quack")
 LOGGER = logging.getLogger(__name__)
-# Module and name of what FlashAttention comes in.
-_PACKAGES = {"fa3": ("flash_attn_interface", "flash-attn-3"), "fa4": ("flash_attn.cute", "flash-attn-4")}
+# Module and name of what kernels come in.
+_PACKAGES = {
+    "fa3": ("flash_attn_interface", "flash-attn-3"),
+    "fa4": ("flash_attn.cute", "flash-attn-4"),
+    "quack": ("quack", "quack-kernels"),
+}
 
 # Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head). Heads of 72
 # channels cost most kernels what 80 or 96 do. `benchmarks/bench_training_levers.py --parts attention` measures a card.
@@ -40,6 +46,8 @@ class Kernels:
             "spare" (a spare channel pushes padded keys away; no mask tensor), "packed" (captions of different lengths
             one after another, without padding).
         fused: norm, modulation, gate, residual and GELU as Triton kernels with one pass each way, on a GPU.
+        mlp: the feed-forward layer by "torch", or with the GELU inside its products: "quack" (a package of its own, on
+            Hopper cards, for half precision).
         bf16_stream: keep the tokens between blocks in bfloat16 under bf16 autocast, instead of float32.
     """
 
@@ -47,10 +55,11 @@ class Kernels:
     head_width: int | None = None
     text: str = "mask"
     fused: bool = False
+    mlp: str = "torch"
     bf16_stream: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("attention", ATTENTIONS), ("text", TEXTS)):
+        for name, choices in (("attention", ATTENTIONS), ("text", TEXTS), ("mlp", MLPS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
 
@@ -69,6 +78,9 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     decided = decide(kernels, device, config.base_size**2 if config is not None else 0)
     if device.type == "cuda":
         _activate(decided.attention)
+        if decided.mlp == "quack":
+            _require("mlp", "quack", "torch")
+            importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
     for module in network.modules():
         if hasattr(module, "kernels"):
             module.kernels = decided  # type: ignore[assignment]
@@ -79,6 +91,9 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
     if kernels.fused and not can_fuse(device) and device.type != "cpu":
         LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
         kernels = replace(kernels, fused=False)
+    if kernels.mlp != "torch" and device.type != "cuda":
+        LOGGER.info("mlp=%r needs CUDA; the feed-forward layers compute in plain torch", kernels.mlp)
+        kernels = replace(kernels, mlp="torch")
     if kernels.attention != "auto":
         return kernels
     if device.type == "cuda":
@@ -92,12 +107,12 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
     return replace(kernels, attention="torch")
 
 
-def is_installed(attention: str) -> bool:
-    """Whether the packages of an attention are there."""
-    if attention not in _PACKAGES:
+def is_installed(form: str) -> bool:
+    """Whether the packages of an attention or feed-forward layer are there."""
+    if form not in _PACKAGES:
         return True
     try:
-        return importlib.util.find_spec(_PACKAGES[attention][0]) is not None
+        return importlib.util.find_spec(_PACKAGES[form][0]) is not None
     except ModuleNotFoundError:  # the package above it is missing
         return False
 
@@ -106,9 +121,11 @@ def _activate(attention: str) -> None:
     """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process."""
     if attention not in _PACKAGES:
         return
-    if not is_installed(attention):
-        raise RuntimeError(
-            f"attention={attention!r} needs the package {_PACKAGES[attention][1]}; install it, or use 'cudnn' or 'auto'"
-        )
+    _require("attention", attention, "auto")
     torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
+
+
+def _require(key: str, form: str, other: str) -> None:
+    if not is_installed(form):
+        raise RuntimeError(f"{key}={form!r} needs the package {_PACKAGES[form][1]}; install it, or use {other!r}")

@@ -75,11 +75,11 @@ def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Ten
     return F.gelu(layer(tokens), approximate="tanh")
 
 
-def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False) -> Tensor:
+def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torch") -> Tensor:
     """Two linear layers with a GELU (tanh) between them: `Mlp`, (B, N, D) -> (B, N, D).
 
     Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
-    keeps nothing of the GELU in between.
+    keeps nothing of the GELU in between. `form` is `Kernels.mlp`.
     """
     if fused and tokens.device.type == "cpu" and torch.compiler.is_compiling() and is_tanh_gelu(mlp.act):
         hidden: Tensor = mlp.fc1(tokens)
@@ -87,13 +87,15 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False) -> Tensor:
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
     if fused and is_plain and not torch.is_grad_enabled():
         return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
-    if fused and is_plain and can_fuse(tokens.device):
-        from diffusion.models.kernels import fused as kernels
-
-        dtype = _product_dtype(tokens)
-        parts = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-        return kernels.gelu_mlp(tokens.to(dtype), *(part.to(dtype) for part in parts))
-    return mlp(tokens)
+    dtype = _product_dtype(tokens)
+    if form == "quack" and is_plain and tokens.is_cuda and dtype != torch.float32:
+        from diffusion.models.kernels.epilogues import gelu_mlp as compute
+    elif fused and is_plain and can_fuse(tokens.device):
+        from diffusion.models.kernels.fused import gelu_mlp as compute
+    else:
+        return mlp(tokens)
+    parts = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    return compute(tokens.to(dtype), *(part.to(dtype) for part in parts))
 
 
 class _LogisticGelu(torch.autograd.Function):
