@@ -33,9 +33,10 @@ TRAINED = 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=400, help="optimiser steps of 12 pictures (default: %(default)s)")
+    add("--steps", type=int, default=150, help="optimiser steps of 12 pictures (default: %(default)s)")
     add("--batch_size", type=int, default=12, help="(default: %(default)s)")
-    add("--learning_rate", type=float, default=1e-3, help="(default: %(default)s)")
+    add("--learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
+    add("--scale", type=float, default=0.7, help="strength that the adapter is drawn with (default: %(default)s)")
     add("--concepts", type=int, default=100, help="concepts that are judged (default: %(default)s)")
     add("--inference_steps", type=int, default=20, help="of the solver (default: %(default)s)")
     add("--data", default="data/emoji", help="captioned pictures, all of which are compared (default: %(default)s)")
@@ -72,7 +73,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     captions = [real.samples[row].captions[0] for row in judged]
     settings = DrawingSettings(num_inference_steps=args.inference_steps, batch_size=25)
     before = draw(pipe, captions, settings)
-    pipe.load_lora_weights(folder / "lora")
+    pipe.load_lora_weights(folder / "lora", adapter_name="style")
+    pipe.set_adapters(["style"], [args.scale])
     after = draw(pipe, captions, settings)
 
     def paired(pictures: list[Any]) -> tuple[float, float]:
@@ -89,6 +91,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "benchmark": f"LoRA of rank 8 on {TRAINED} pencil drawings, {args.steps} steps of {args.batch_size}",
         "device": str(device),
         "training_s": round(seconds, 1),
+        "lora_scale": args.scale,
         "adapter_file_mb": round((folder / "lora" / PEFT_WEIGHTS).stat().st_size / 1e6, 3),
         "concepts": len(judged),
         "paired_distance_base": round(start, 4),
@@ -142,8 +145,8 @@ def train(args: argparse.Namespace, pictures: Path, out: Path) -> None:
         "rank": 8,
         "lora_alpha": 16,
         "learning_rate": args.learning_rate,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 10,
+        "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 20,
         "train_batch_size": args.batch_size,
         "num_train_epochs": 100000,
         "max_train_steps": args.steps,

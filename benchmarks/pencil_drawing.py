@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.evaluation.retrieval import to_pixels
 from diffusion.images import to_pil
 
-_PAPER, _OUTLINE = (184, 148, 102), (38, 22, 14)
+_PAPER, _OUTLINE = (200, 168, 122), (38, 22, 14)
 _PERIOD = 16  # pixels along a row from stroke to stroke
 _MOST_COVERED = 0.75
 

@@ -29,7 +29,7 @@ def lora(result: dict[str, Any]) -> str:
     """What the adapter of a style has learned."""
     start, end = result["paired_distance_base"], result["paired_distance_lora"]
     lines = [
-        "| judged on concepts it did not see | base | with the LoRA |",
+        f"| judged on concepts it did not see | base | with the LoRA, at strength {result['lora_scale']} |",
         "|---|---|---|",
         f"| distance to the redrawn real picture (2 = that among redrawn pictures) | {start:.2f} "
         f"| {end:.2f}: {100 * result['progress']:.0f} % of the way |",
