@@ -87,14 +87,13 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
     if fused and is_plain and not torch.is_grad_enabled():
         return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
-    dtype = _product_dtype(tokens)
-    if form == "quack" and is_plain and tokens.is_cuda and dtype != torch.float32:
+    if form == "quack" and is_plain and tokens.is_cuda and _product_dtype(tokens) != torch.float32:
         from diffusion.models.kernels.epilogues import gelu_mlp as compute
     elif fused and is_plain and can_fuse(tokens.device):
         from diffusion.models.kernels.fused import gelu_mlp as compute
     else:
         return mlp(tokens)
-    parts = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    dtype, parts = _product_dtype(tokens), (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return compute(tokens.to(dtype), *(part.to(dtype) for part in parts))
 
 
