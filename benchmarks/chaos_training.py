@@ -12,6 +12,7 @@ it begins anew, until all faults are spent. Processes are forked from one that h
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -83,14 +84,10 @@ class Processes:
             port = str(probe.getsockname()[1])
         self.codes: dict[int, int] = {}
         self.pids = []
-        sys.stdout.flush()
         for rank in range(RANKS):
-            pid = os.fork()
-            if pid == 0:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                _become_training(config, work_dir, log)
-            self.pids.append(pid)
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**address, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+            self.pids.append(_fork(functools.partial(_train, config, work_dir, log, environment)))
 
     def are_over(self) -> bool:
         """Whether all have ended; takes their exit codes."""
@@ -115,15 +112,24 @@ class Processes:
         return [self.codes[pid] for pid in self.pids]
 
 
-def _become_training(config: TrainConfig, work_dir: Path, log: Path) -> None:
-    """What a forked process does: train, and end like a program."""
+def _train(config: TrainConfig, work_dir: Path, log: Path, environment: dict[str, str]) -> None:
+    """What a forked process of a run does."""
+    os.environ |= environment
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    run_cli(lambda: Trainer(config, denoising_objective, work_dir, resume_from="latest",
+                            reporting=Reporting(tensorboard=False)).fit())  # fmt: skip
+
+
+def _fork(work: Callable[[], object]) -> int:
+    """The number of a process that does `work` and ends like a program: with its code, or with a traceback and 1."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
     code = 1
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        run_cli(lambda: Trainer(config, denoising_objective, work_dir, resume_from="latest",
-                                reporting=Reporting(tensorboard=False)).fit())  # fmt: skip
+        work()
         code = EXIT_DONE
     except SystemExit as error:
         code = int(error.code or 0)
@@ -264,19 +270,10 @@ def differences(expected: dict[str, object], found: dict[str, object]) -> list[s
 
 def extract(store: Path) -> None:
     """Features of 24 pictures, made in a process of its own: what is forked later shall not have computed yet."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            settings = ExtractionSettings(image_size=64, dtype="fp32")
-            extract_folder(ROOT / "data/emoji", store, PIPELINE, settings, limit=24)
-            os._exit(0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stderr.flush()
-            os._exit(1)
+    settings = ExtractionSettings(image_size=64, dtype="fp32")
+    pid = _fork(lambda: extract_folder(ROOT / "data/emoji", store, PIPELINE, settings, limit=24))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code == 0, f"the extraction ended with {code}"
+    assert code == EXIT_DONE, f"the extraction ended with {code}"
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from finetuning import add_arguments, ensure_store, figures, labels_of, open_pipeline, rows_of, train
 from PIL import Image
 from report import write_report
@@ -146,7 +145,7 @@ def main() -> None:
     write_report(args.output, {
         "benchmark": "F1 of edges within 1 px, R@1 in percent of labels, same seeds", "drawings": len(rows),
         "steps": args.steps, "batch_size": args.batch_size, "training_seconds": seconds, **result, "lost_r1": lost,
-        "bars": bars, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "bars": bars,
     })  # fmt: skip
     chosen = range(0, len(rows), max(1, len(rows) // SHOWN))[:SHOWN]
     triples = [

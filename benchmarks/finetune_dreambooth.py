@@ -102,7 +102,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "benchmark": f"DreamBooth, all weights, {args.steps} steps of {args.batch_size}",
         "class_images": args.class_images,
-        "device": str(device),
         "rows": rows,
         "bars": {
             "subject in at least 8 of 10 seeds, with prior": all(

@@ -80,7 +80,7 @@ def main() -> None:
         "benchmark": "R@1 in percent of labels of both splits, same seeds", "drawings": len(rows),
         "steps": {"LCM": args.steps, "LCM-LoRA": args.lora_steps}, "batch_size": args.batch_size,
         "training_seconds": seconds, **result, "lost_at_4_steps": lost, "bars": bars,
-        "lora": str(args.lora), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "lora": str(args.lora),
     })  # fmt: skip
     write_sheet(args.grid, pictures, labels_of(gallery, rows))
 

@@ -89,7 +89,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (start, edges_start), (end, edges_end) = paired(before), paired(after)
     figures = {
         "benchmark": f"LoRA of rank 8 on {TRAINED} pencil drawings, {args.steps} steps of {args.batch_size}",
-        "device": str(device),
         "training_s": round(seconds, 1),
         "lora_scale": args.scale,
         "adapter_file_mb": round((folder / "lora" / PEFT_WEIGHTS).stat().st_size / 1e6, 3),

@@ -33,6 +33,8 @@ def lora(result: dict[str, Any]) -> str:
         "|---|---|---|",
         f"| distance to the redrawn real picture (2 = that among redrawn pictures) | {start:.2f} "
         f"| {end:.2f}: {100 * result['progress']:.0f} % of the way |",
+        f"| the part of it by edges | {result['paired_distance_base_edges']:.2f} "
+        f"| {result['paired_distance_lora_edges']:.2f} |",
         f"| R@1, among real pictures / among redrawn ones | {100 * result['r1_base_among_real']:.0f} % "
         f"| {100 * result['r1_lora_among_drawings']:.0f} % |",
         f"| file | | {result['adapter_file_mb']:.1f} MB |",

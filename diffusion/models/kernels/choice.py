@@ -79,7 +79,7 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     if device.type == "cuda":
         _activate(decided.attention)
         if decided.mlp == "quack":
-            _require("mlp", "quack", "torch")
+            _require("mlp", "quack", "'torch'")
             importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
     for module in network.modules():
         if hasattr(module, "kernels"):
@@ -121,11 +121,11 @@ def _activate(attention: str) -> None:
     """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process."""
     if attention not in _PACKAGES:
         return
-    _require("attention", attention, "auto")
+    _require("attention", attention, "'cudnn' or 'auto'")
     torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
 
 
 def _require(key: str, form: str, other: str) -> None:
     if not is_installed(form):
-        raise RuntimeError(f"{key}={form!r} needs the package {_PACKAGES[form][1]}; install it, or use {other!r}")
+        raise RuntimeError(f"{key}={form!r} needs the package {_PACKAGES[form][1]}; install it, or use {other}")
