@@ -127,6 +127,7 @@ def _fork(work: Callable[[], object]) -> int:
     sys.stdout.flush()
     if pid := os.fork():
         return pid
+    torch.set_num_threads(1)  # makes torch's pool anew: threads that need it first race for it ("Invalid thread pool!")
     code = 1
     try:
         work()
