@@ -1,4 +1,4 @@
-"""Which choices make the emoji model better: equal time (or steps) an arm, validation loss and retrieval of each.
+"""Which choices make the emoji model better: equal time (steps, FLOPs) an arm, validation loss and retrieval of each.
 
     python tools/add_captions.py data/emoji --output build/emoji-captions --captions 16
     python tools/extract_features.py build/emoji-captions --out output/features/emoji-captions
@@ -12,8 +12,9 @@ The arms with REPA need features of a picture encoder, here the stand-in that th
 
 An arm is configs/emoji/emoji_256.py with overrides. Validation losses of arms that predict something else (velocity,
 flow) are not comparable; retrieval is. A short run says how many steps fit into the time; arms that change
-the speed (size, batch, optimiser) have a short run of their own. Results are written after every arm, and arms that
-the output file holds are kept, so a call can be repeated until all are there.
+the speed (size, batch, optimiser) have a short run of their own. A network this small waits for the host, so what a
+lever saves on the card hardly shows in its time: --equal_flops counts work instead, see `relative_flops`. Results are
+written after every arm, and arms that the output file holds are kept, so a call can be repeated until all are there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from flops import forward_flops
 from report import write_report
 
-from diffusion.errors import run_cli
+from diffusion.errors import PixArtError, run_cli
 
 CONFIG = "configs/emoji/emoji_256.py"
 PARTS = "output/pretrained_models/emoji-256"
@@ -78,6 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seconds", type=float, default=90, help="training time of an arm (default: %(default)s)")
     add("--steps", type=int, help="optimiser steps of every arm, instead of --seconds")
+    add(
+        "--equal_flops",
+        action="store_true",
+        help="--steps are those of 'base'; others get as many as cost the same",
+    )
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
     add("--features", default="output/features/emoji-captions", help="feature store (default: %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every arm")
@@ -93,7 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    rows: dict[str, Any] = json.loads(args.output.read_text())["arms"] if args.output.is_file() else {}
+    if args.equal_flops and not args.steps:
+        raise PixArtError("--equal_flops needs --steps, those of the arm 'base'")
+    size = f"{args.steps} steps" if args.steps else f"{args.seconds:g} s of training"
+    size += " of 'base', or as many as cost the same FLOPs," if args.equal_flops else ""
+    title = {"benchmark": f"{CONFIG}, {size} an arm"}
+    rows: dict[str, Any] = kept_arms(args.output, title).get("arms", {})
     begun = time.monotonic()
     common = None if args.steps else steps_in(args, args.seconds, [])
     for name in args.arms:
@@ -104,10 +118,24 @@ def main() -> None:
             continue
         own = any(option.startswith(CHANGES_SPEED) for option in ARMS[name])
         steps = args.steps or (steps_in(args, args.seconds, ARMS[name]) if own else common)
+        if args.equal_flops:
+            steps = round(args.steps / relative_flops(ARMS[name], args.cfg_options))
         rows[name] = measure(args, name, steps, posthoc=args.posthoc and name == "base")
-        size = f"{args.steps} steps" if args.steps else f"{args.seconds:g} s of training"
-        figures = {"benchmark": f"{CONFIG}, {size} an arm", "arms": rows}
-        write_report(args.output, figures)
+        write_report(args.output, {**title, "arms": rows})
+
+
+def kept_arms(output: Path, budget: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has written; {} if there is nothing.
+
+    Raises:
+        PixArtError: it was measured with another budget.
+    """
+    if not output.is_file():
+        return {}
+    kept: dict[str, Any] = json.loads(output.read_text())
+    if other := [f"{key} {kept.get(key)!r}, not {value!r}" for key, value in budget.items() if kept.get(key) != value]:
+        raise PixArtError(f"{output} holds arms of {'; '.join(other)}: move it away, or name another --output")
+    return kept
 
 
 def train(args: argparse.Namespace, work_dir: Path, options: list[str]) -> list[dict[str, Any]]:
@@ -133,6 +161,46 @@ def steps_in(args: argparse.Namespace, seconds: float, overrides: list[str], pro
 def at_share(overrides: list[str], steps: int) -> list[str]:
     """Overrides with `{33%}` and its like replaced by that share of the steps."""
     return [re.sub(r"\{(\d+)%\}", lambda match: str(max(1, steps * int(match[1]) // 100)), one) for one in overrides]
+
+
+def relative_flops(overrides: list[str], common: list[str]) -> float:
+    """FLOPs of a training step, on average over a run, as a share of those of the arm 'base'.
+
+    Tokens that TREAD routes around a block cost it nothing there. REPA's head costs two FLOPs a weight and token; the
+    encoder's features, which are made once, are not counted.
+    """
+    from diffusion.config import load_config
+    from diffusion.models.alignment import AlignmentHead
+    from diffusion.training.building import model_options
+    from diffusion.training.levers import alignment_head, objective_kind
+    from diffusion.training.starting import new_network
+
+    run = 1000  # steps, of which a lever that ends has its share
+    options = ["validation.prompts=[]", *common, *at_share(overrides, run)]
+    config, base = (
+        load_config(CONFIG, some, notify=lambda line: None) for some in (options, options[: 1 + len(common)])
+    )
+    with torch.device("meta"):
+        net, base_net = (new_network(each.model, model_options(each)).config for each in (config, base))
+        head = AlignmentHead(net.hidden_size, *alignment_head(config)) if config.repa else None
+    tokens, text = net.base_size**2, config.model_max_length
+    flops = float(forward_flops(net, tokens, text))
+    levers = objective_kind(config)[1]
+
+    def share_of_run(lever: Any) -> float:
+        samples = run * config.train_batch_size * config.gradient_accumulation_steps
+        return 1.0 if lever.until_number is None else lever.until_number / samples
+
+    if routing := levers["routing"]:
+        count, kept = routing.last - routing.first + 1, tokens - round(routing.share * tokens)
+        none = replace(net, depth=0)
+        blocks = replace(net, depth=count)
+        whole, routed = (forward_flops(blocks, n, text) - forward_flops(none, n, text) for n in (tokens, kept))
+        flops -= share_of_run(routing) * (whole - routed)
+    if head is not None:
+        weights = sum(parameter.numel() for parameter in head.parameters() if parameter.ndim > 1)
+        flops += share_of_run(levers["alignment"]) * 2 * weights * tokens
+    return flops * config.train_batch_size / (forward_flops(base_net, tokens, text) * base.train_batch_size)
 
 
 def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -> dict[str, Any]:

@@ -28,8 +28,8 @@ PARTS = "output/pretrained_models/emoji-256"
 # preset -> config, GiB that it may take (the card's size less what CUDA itself takes), optimiser steps
 PRESETS: dict[str, tuple[str, float, int]] = {
     "scratch-tiny": ("configs/presets/scratch_tiny.py", 7.5, 300),
-    "full-24gb": ("configs/presets/full_24gb.py", 22.5, 20),
-    "full-80gb": ("configs/presets/full_80gb.py", 76.0, 20),
+    "full-24gb": ("configs/presets/full_24gb.py", 22.5, 100),
+    "full-80gb": ("configs/presets/full_80gb.py", 76.0, 100),
 }
 TINY = ["hidden_size=64", "depth=2", "num_heads=2", "train_batch_size=2", "num_workers=0", "mixed_precision=no"]
 PICTURES = 128  # of the stores of XL/2
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="NAME", help=", ".join(PRESETS))
-    add("--steps", type=int, help="optimiser steps of every preset (default: 300 for scratch-tiny, else 20)")
+    add("--steps", type=int, help="optimiser steps of every preset (default: 300 for scratch-tiny, else 100)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every preset")
     add("--tiny", action="store_true", help="very small networks and two steps, without a memory cap")
     add("--child", choices=PRESETS, help=argparse.SUPPRESS)

@@ -47,7 +47,7 @@ TASKS = {
     "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
     "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
     "presets": Task(f"{_BENCH}/measure_presets.py", 240),
-    "stages": Task(f"{_BENCH}/recipe_stages.py --seconds 45", 450),
+    "stages": Task(f"{_BENCH}/recipe_stages.py", 480),
     "emoji-captions": Task(
         f"tools/add_captions.py data/emoji --output build/emoji-captions --captions 16{AND}"
         f"tools/extract_features.py build/emoji-captions --out {_CAPTIONS}",
@@ -60,9 +60,9 @@ TASKS = {
         100,
     ),
     "levers": Task(  # after both
-        f"{_BENCH}/ablation_emoji.py --seconds 40 --output {_BENCH}/results/ablation_levers.json "
+        f"{_BENCH}/ablation_emoji.py --steps 540 --equal_flops --output {_BENCH}/results/ablation_levers.json "
         "--arms base 'TREAD, ended' 'REPA, ended' 'REPA and TREAD' flow",
-        500,
+        450,
     ),
     "saving": Task(f"{_BENCH}/bench_saving.py", 180),
     "finetuning": Task(f"{_BENCH}/bench_finetuning.py", 300),

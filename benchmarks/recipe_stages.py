@@ -1,12 +1,13 @@
 """What the stages of the paper's recipe are worth, in miniature on the bundled pictures, at equal training time an arm.
 
-    python benchmarks/recipe_stages.py --seconds 25          # about four minutes on one H100
+    python benchmarks/recipe_stages.py             # about eight minutes on one H100
     python benchmarks/recipe_stages.py --tiny                # a few steps on a CPU, to see that it runs
 
 Arms: captions at 256 px from nothing; a class-conditional DiT at 256 px first (pixel dependency), then captions from
 it; captions at 128 px first, then 256 px from them, with the position scale of the original (1) and interpolated (2).
 The first stage of an arm has SHARE of the time. A short run of every stage says how many steps fit. Results: validation
 loss at 256 px, and retrieval of what the averaged weights draw (see docs/bundled-model.md). docs/recipe.md shows them.
+They are written after every arm, and arms of this budget that the output file holds are kept: a call can be repeated.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import argparse
 import json
 import shutil
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-from ablation_emoji import PARTS, draw
+from ablation_emoji import PARTS, draw, kept_arms
 from report import write_report
 
 from diffusion.errors import run_cli
@@ -43,7 +43,7 @@ PROBE_STEPS = 60
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=25, help="training time of an arm (default: %(default)s)")
+    add("--seconds", type=float, default=75, help="training time of an arm (default: %(default)s)")
     add("--share", type=float, default=0.4, help="of the time for an arm's first stage (default: %(default)s)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every stage")
@@ -62,21 +62,16 @@ def main() -> None:
         args.cfg_options = [*TINY, *args.cfg_options]
         args.limit, args.sampling_steps, args.bs = 2, 2, 2
     stores = {f"store{size}": features(args, size) for size in (128, 256)}
-    begun = time.monotonic()
-    speeds: dict[str, float] = {}
-    rows: dict[str, Any] = {}
+    budget = {"seconds": args.seconds, "share_of_first_stage": args.share, "tiny": args.tiny}
+    kept = kept_arms(args.output, budget)
+    rows: dict[str, Any] = kept.get("arms", {})
+    speeds: dict[str, float] = kept.get("images_per_s", {})
     for name in args.arms:
+        if name in rows:
+            continue
         rows[name] = run_arm(args, name, stores, speeds)
-    figures = {
-        "benchmark": "stages of the recipe, equal training time an arm",
-        "seconds": args.seconds,
-        "share_of_first_stage": args.share,
-        "tiny": args.tiny,
-        "images_per_s": {key: round(value) for key, value in speeds.items()},
-        "arms": rows,
-        "whole_call_s": round(time.monotonic() - begun),
-    }
-    write_report(args.output, figures)
+        figures = {"benchmark": "stages of the recipe, equal training time an arm", **budget}
+        write_report(args.output, {**figures, "images_per_s": speeds, "arms": rows})
 
 
 def features(args: argparse.Namespace, size: int) -> Path:
@@ -99,9 +94,11 @@ def run_arm(args: argparse.Namespace, name: str, stores: dict[str, Path], speeds
     for number, ((config, options), share) in enumerate(zip(stages, shares), start=1):
         chosen = [option.format(**stores) for option in options] + args.cfg_options
         key = f"{config} {chosen[0]}"
-        if key not in speeds and not args.tiny:
-            rates = train(args, "probe", config, [*chosen, f"max_steps={PROBE_STEPS}", "log_interval=10"], None)
-            speeds[key] = statistics.harmonic_mean([rate["images_per_s"] for rate in rates[2:]])
+        if key not in speeds:
+            options = [f"max_steps={4 if args.tiny else PROBE_STEPS}", f"log_interval={1 if args.tiny else 10}"]
+            metrics = train(args, "probe", config, [*chosen, *options], None)
+            rates = [line["images_per_s"] for line in metrics if "images_per_s" in line]  # the last may only validate
+            speeds[key] = round(statistics.harmonic_mean(rates[2:]), 1)
         steps = 3 if args.tiny else round(share * args.seconds * speeds[key] / batch_size(config, chosen))
         folder = f"{name}-{number}".replace(" ", "-").replace(",", "")
         options = [*chosen, f"max_steps={steps}", f"save_model_steps={steps}", f"validation.every_steps={steps}"]

@@ -106,11 +106,11 @@ def test_recipe_stages_and_levers(tmp_path: Path, table_of: Callable[..., str]) 
     ]
     run("benchmarks/ablation_emoji.py", "--arms", "TREAD, ended", "--steps", 3, "--cfg-options", *small,
         "--features", tmp_path / "run/features-256", "--limit", 2, "--bs", 2, "--sampling-steps", 2,
-        "--work-dir", tmp_path / "levers", "--output", levers)  # fmt: skip
+        "--work-dir", tmp_path / "levers", "--output", levers, "--equal_flops")  # fmt: skip
     results = {"recipe_stages": json.loads(stages.read_text()), "ablation_levers": json.loads(levers.read_text())}
     assert results["recipe_stages"]["arms"][arm]["steps"] == [3, 3]
     assert f"| {arm} | 3 + 3 | " in table_of("stages", results)
-    assert "| TREAD, ended | 3 | " in table_of("levers", results)
+    assert "| TREAD, ended | 4 | " in table_of("levers", results)
 
 
 @pytest.mark.slow

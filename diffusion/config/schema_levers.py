@@ -72,14 +72,14 @@ def check_levers(config: TrainConfig) -> None:
 
 
 def _check_dit(config: TrainConfig) -> None:
-    """A DiT knows classes, predicts noise, and has none of PixArt's options."""
+    """A DiT knows classes, predicts no flow, and has none of PixArt's options."""
     if config.data.class_by is None:
         raise rule_error(
             "data.class_by", f"must name the attribute that is the class when model is {config.model!r}, e.g. 'concept'"
         )
     wrong = {
         "validation.prompts": bool(config.validation.prompts or config.validation.prompt_file),
-        "process.prediction_type": config.process.prediction_type != "epsilon",
+        "process.prediction_type": config.process.prediction_type == "flow",
         "tread": config.tread is not None,
         "repa": config.repa is not None,
         "qk_norm": config.qk_norm,

@@ -26,6 +26,7 @@ class DiTConfig:
 
     Args:
         num_classes: classes without the null class, which has the number num_classes.
+        prediction_type: "epsilon", as all public DiT files, or "v_prediction".
     """
 
     input_size: int = 32
@@ -38,6 +39,7 @@ class DiTConfig:
     pred_sigma: bool = True
     pe_interpolation: float = 1.0
     num_classes: int = 1000
+    prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -46,6 +48,8 @@ class DiTConfig:
             raise ValueError(f"input_size={self.input_size} must be divisible by patch_size={self.patch_size}")
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={self.prediction_type!r} must be epsilon or v_prediction")
 
     @property
     def out_channels(self) -> int:

@@ -16,7 +16,7 @@ from diffusion.models.dit import DiT, modulations
 from diffusion.models.initialization import zero_
 from diffusion.models.pixart import PixArt
 
-_SAME = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "pred_sigma")
+_SAME = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "pred_sigma", "prediction_type")
 PAPER_TIMESTEP = 500.0
 
 
@@ -83,8 +83,6 @@ def _require_same_shape(model: PixArt, dit: DiT) -> None:
     extra = [name for name in ("qk_norm", "kv_compress") if getattr(config, name)]
     if extra:
         raise ValueError(f"the network has {' and '.join(extra)}, which no DiT has; turn it off")
-    if config.prediction_type != "epsilon":
-        raise ValueError(f"the network predicts {config.prediction_type}, a DiT predicts epsilon; make them equal")
 
 
 def _copy(source: torch.nn.Module, target: torch.nn.Module) -> None:

@@ -51,6 +51,7 @@ def dit_options(config: TrainConfig) -> dict[str, Any]:
         "input_size": config.image_size // 8,
         "pe_interpolation": config.lewei_scale,
         "pred_sigma": config.pred_sigma,
+        "prediction_type": config.process.prediction_type,
         "num_classes": config.num_classes,
         **{name: value for name, value in sizes.items() if value is not None},
     }

@@ -64,6 +64,7 @@ def make_pixart(
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         pred_sigma=config.pred_sigma,
+        prediction_type=config.prediction_type,
         caption_channels=caption_channels,
         model_max_length=max_length,
     ).eval()

@@ -62,10 +62,9 @@ def started_network(
         network: LatentTransformer = new_network(name, options, head)
     if isinstance(network, DiT) and weights.layout != "dit":
         raise CheckpointError(f"{source} is a PixArt; a class-conditional {name} starts from a DiT")
-    if isinstance(network, PixArt):
-        # Files without a config are those of others, which predict noise.
-        stated = weights.config.prediction_type if weights.config is not None else "epsilon"
-        require_same_prediction(network, stated, weights.source)
+    stated = weights.config or weights.dit
+    # Files without a config are those of others, which predict noise.
+    require_same_prediction(network, stated.prediction_type if stated else "epsilon", weights.source)
     state_dict = {**weights.state_dict, **_begin_added_parts(network, weights)}
     load_weights(network, state_dict, source, assign=True)
     lacks_null_caption = isinstance(network, PixArt) and network.y_embedder.y_embedding.is_meta

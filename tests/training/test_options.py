@@ -180,7 +180,7 @@ def test_the_first_batch_is_shown_as_it_is_trained_on(config_file: Path, parts: 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
 def test_one_line_says_what_the_bundled_model_predicts(kind: str, tmp_path: Path) -> None:
-    """Every config that trains or tunes the bundled model follows it; the miniature recipe has a DiT, of noise."""
+    """Every config that trains or tunes the bundled model follows it."""
     shutil.copytree(ROOT / "configs/emoji", tmp_path / "emoji")
     base = tmp_path / "emoji/emoji_base.py"
     line = 'prediction_type="v_prediction",'
@@ -188,11 +188,8 @@ def test_one_line_says_what_the_bundled_model_predicts(kind: str, tmp_path: Path
     base.write_text(base.read_text().replace(line, f'prediction_type="{kind}",'))
     for path in sorted((tmp_path / "emoji").rglob("*.py")):
         config = load_config(path, notify=lambda line: None)
-        is_miniature = path.parent.name == "recipe"
-        expected = "epsilon" if is_miniature else kind
-        assert config.process.prediction_type == expected, path.name
-        assert config.process.min_snr_gamma == (5.0 if is_miniature else None)
-        if not config.model.startswith("DiT_"):
-            with torch.device("meta"):
-                network = new_network(config.model, model_options(config))
-            assert (network.config.prediction_type, network.config.pred_sigma) == (expected, True)
+        assert config.process.prediction_type == kind, path.name
+        assert config.process.min_snr_gamma is None
+        with torch.device("meta"):
+            network = new_network(config.model, model_options(config))
+        assert (network.config.prediction_type, network.config.pred_sigma) == (kind, True)

@@ -70,6 +70,7 @@ def test_numbers_are_classes_themselves(parts: Path) -> None:
     [
         (["data.class_by=None"], "must name the attribute that is the class"),
         (["validation.prompts=['a cat']"], "validation.prompts.* is not offered for a class-conditional network"),
+        (["process.prediction_type=flow", "pred_sigma=False"], "prediction_type.* is not offered for a class-cond"),
         (["tread.share=0.5"], "tread.* is not offered for a class-conditional network"),
         (["model=PixArt_Ti_2"], "data.class_by.* is read by class-conditional networks"),
         (["model=PixArt_Ti_2", "data.class_by=None"], "num_classes=40 is read by class-conditional networks"),
@@ -100,6 +101,22 @@ def test_captions_start_from_classes(first_stage: Path, config_file: Path, tmp_p
     with pytest.raises(CheckpointError, match="is a PixArt; a class-conditional DiT_Ti_2 starts from a DiT"):
         build_network(load_config(config_file, CLASSES), tmp_path / "run/checkpoints/checkpoint-2")
     assert type(build_network(load_config(config_file, CLASSES), checkpoint)) is DiT
+
+
+def test_velocities_stay_velocities(config_file: Path, tmp_path: Path) -> None:
+    """What a DiT predicts is in its folder; a run of another kind refuses it, from either side."""
+    velocity = "process.prediction_type=v_prediction"
+    run(load_config(config_file, [*CLASSES, velocity, "max_steps=2"]), tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/checkpoint-2"
+    assert load_dit(checkpoint).config.prediction_type == "v_prediction"
+    network = build_network(load_config(config_file, [*SIZE, velocity]), checkpoint)
+    assert network.config.prediction_type == "v_prediction"
+    with pytest.raises(CheckpointError, match=r"the network has prediction_type=epsilon \(DiT v_prediction\); make"):
+        build_network(load_config(config_file, SIZE), checkpoint)
+    with pytest.raises(CheckpointError, match="predicts v_prediction, this run epsilon"):
+        build_network(load_config(config_file, CLASSES), checkpoint)
+    make_pixart(checkpoint, tmp_path / "made", caption_channels=32)
+    assert load_transformer(tmp_path / "made").config.prediction_type == "v_prediction"
 
 
 def test_the_tool_writes_what_it_proves(first_stage: Path, tmp_path: Path) -> None:
