@@ -47,7 +47,7 @@ TASKS = {
     "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
     "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
     "presets": Task(f"{_BENCH}/measure_presets.py", 240),
-    "stages": Task(f"{_BENCH}/recipe_stages.py", 480),
+    "stages": Task(f"{_BENCH}/recipe_stages.py", 500),
     "emoji-captions": Task(
         f"tools/add_captions.py data/emoji --output build/emoji-captions --captions 16{AND}"
         f"tools/extract_features.py build/emoji-captions --out {_CAPTIONS}",

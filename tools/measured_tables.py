@@ -98,17 +98,17 @@ def stages(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{where(result)}; {result['seconds']:g} s of training an arm, {share:.0f} % of it for a first stage. "
-            "Validation loss at 256 px, of the averaged weights.",
+            f"{where(result)}; FLOPs of {result['steps']} steps of the first arm each, {share:.0f} % of them "
+            "for a first stage. Validation loss at 256 px, of the averaged weights.",
         ]
     )
 
 
 def levers(result: dict[str, Any]) -> str:
     """Arms with and without the levers, for docs/recipe.md."""
-    lines = [f"| arm | steps | images/s | {_RETRIEVAL} |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| arm | steps | {_RETRIEVAL} |", "|---|---|---|---|---|---|"]
     for name, row in result["arms"].items():
-        lines.append(f"| {name} | {row['steps']} | {row['images_per_s']:,} | {_found(row)} |")
+        lines.append(f"| {name} | {row['steps']} | {_found(row)} |")
     return "\n".join([*lines, "", f"{where(result)}; {result['benchmark']}. Losses of flow are of another kind."])
 
 
