@@ -12,9 +12,9 @@ The arms with REPA need features of a picture encoder, here the stand-in that th
 
 An arm is configs/emoji/emoji_256.py with overrides. Validation losses of arms that predict something else (velocity,
 flow) are not comparable; retrieval is. A short run says how many steps fit into the time; arms that change
-the speed (size, batch, optimiser) have a short run of their own. A network this small waits for the host, so what a
-lever saves on the card hardly shows in its time: --equal_flops counts work instead, see `relative_flops`. Results are
-written after every arm, and arms that the output file holds are kept, so a call can be repeated until all are there.
+the speed (size, batch, optimiser) have a short run of their own. In a network this small less arithmetic hardly saves
+time (launches, routing and data stay): --equal_flops counts work instead, see `relative_flops`. Results are written
+after every arm, and arms that the output file holds are kept, so a call can be repeated until all are there.
 """
 
 from __future__ import annotations
