@@ -1,6 +1,6 @@
 """Does DreamBooth teach a subject? Three subjects that no training saw, with and without prior preservation.
 
-    python benchmarks/finetune_dreambooth.py            # meant for one GPU
+    python benchmarks/finetune_dreambooth.py            # minutes on one GPU, about 40 on two CPU cores
     python benchmarks/finetune_dreambooth.py --tiny     # a few steps, to see that it runs
 
 A subject is the picture of one of the concepts that data/emoji reserves: no training, of no part of the model, saw it
