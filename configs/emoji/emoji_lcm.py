@@ -10,7 +10,7 @@ train_batch_size = 256
 num_epochs = 100000  # max_steps ends the run
 max_steps = 2000
 mixed_precision = "fp16"  # at t = 999 a rounding of the noise is 157 times as large in the picture: bf16 is too coarse
-optimizer = dict(type="AdamW", lr=2e-4, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99))
+optimizer = dict(type="AdamW", lr=5e-5, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99))
 lr_schedule = "cosine"
 lr_schedule_args = dict(num_warmup_steps=100)
 class_dropout_prob = 0.0
