@@ -13,7 +13,7 @@ The arms with REPA need features of a picture encoder, here the stand-in that th
 An arm is configs/emoji/emoji_256.py with overrides. Validation losses of arms that predict something else (velocity,
 flow) are not comparable; retrieval is. A short run says how many steps fit into the time; arms that change
 the speed (size, batch, optimiser) have a short run of their own. In a network this small less arithmetic hardly saves
-time (launches, routing and data stay): --equal_flops counts work instead, see `relative_flops`. Results are written
+time (launches, routing and data stay): --equal_flops counts work instead, see `step_flops`. Results are written
 after every arm, and arms that the output file holds are kept, so a call can be repeated until all are there.
 """
 
@@ -82,11 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seconds", type=float, default=90, help="training time of an arm (default: %(default)s)")
     add("--steps", type=int, help="optimiser steps of every arm, instead of --seconds")
-    add(
-        "--equal_flops",
-        action="store_true",
-        help="--steps are those of 'base'; others get as many as cost the same",
-    )
+    add("--equal_flops", action="store_true", help="--steps are those of 'base'; others get as many as cost the same")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
     add("--features", default="output/features/emoji-captions", help="feature store (default: %(default)s)")
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every arm")
@@ -119,7 +115,8 @@ def main() -> None:
         own = any(option.startswith(CHANGES_SPEED) for option in ARMS[name])
         steps = args.steps or (steps_in(args, args.seconds, ARMS[name]) if own else common)
         if args.equal_flops:
-            steps = round(args.steps / relative_flops(ARMS[name], args.cfg_options))
+            base, own_flops = (step_flops(overrides, args.cfg_options) for overrides in (ARMS["base"], ARMS[name]))
+            steps = round(args.steps * base / own_flops)
         rows[name] = measure(args, name, steps, posthoc=args.posthoc and name == "base")
         write_report(args.output, {**title, "arms": rows})
 
@@ -163,44 +160,42 @@ def at_share(overrides: list[str], steps: int) -> list[str]:
     return [re.sub(r"\{(\d+)%\}", lambda match: str(max(1, steps * int(match[1]) // 100)), one) for one in overrides]
 
 
-def relative_flops(overrides: list[str], common: list[str]) -> float:
-    """FLOPs of a training step, on average over a run, as a share of those of the arm 'base'.
+def step_flops(overrides: list[str], common: list[str]) -> float:
+    """FLOPs of an optimiser step's forward passes, on average over a run.
 
     Tokens that TREAD routes around a block cost it nothing there. REPA's head costs two FLOPs a weight and token; the
     encoder's features, which are made once, are not counted.
     """
     from diffusion.config import load_config
     from diffusion.models.alignment import AlignmentHead
+    from diffusion.models.routing import kept_tokens
     from diffusion.training.building import model_options
     from diffusion.training.levers import alignment_head, objective_kind
     from diffusion.training.starting import new_network
 
     run = 1000  # steps, of which a lever that ends has its share
     options = ["validation.prompts=[]", *common, *at_share(overrides, run)]
-    config, base = (
-        load_config(CONFIG, some, notify=lambda line: None) for some in (options, options[: 1 + len(common)])
-    )
+    config = load_config(CONFIG, options, notify=lambda line: None)
     with torch.device("meta"):
-        net, base_net = (new_network(each.model, model_options(each)).config for each in (config, base))
+        net = new_network(config.model, model_options(config)).config
         head = AlignmentHead(net.hidden_size, *alignment_head(config)) if config.repa else None
+    batch = config.train_batch_size * config.gradient_accumulation_steps
     tokens, text = net.base_size**2, config.model_max_length
     flops = float(forward_flops(net, tokens, text))
     levers = objective_kind(config)[1]
 
     def share_of_run(lever: Any) -> float:
-        samples = run * config.train_batch_size * config.gradient_accumulation_steps
-        return 1.0 if lever.until_number is None else lever.until_number / samples
+        return 1.0 if lever.until_number is None else lever.until_number / (run * batch)
 
     if routing := levers["routing"]:
-        count, kept = routing.last - routing.first + 1, tokens - round(routing.share * tokens)
-        none = replace(net, depth=0)
-        blocks = replace(net, depth=count)
+        kept = kept_tokens(torch.zeros(1, tokens), routing.share).shape[1]
+        none, blocks = (replace(net, depth=depth) for depth in (0, routing.last - routing.first + 1))
         whole, routed = (forward_flops(blocks, n, text) - forward_flops(none, n, text) for n in (tokens, kept))
         flops -= share_of_run(routing) * (whole - routed)
     if head is not None:
         weights = sum(parameter.numel() for parameter in head.parameters() if parameter.ndim > 1)
         flops += share_of_run(levers["alignment"]) * 2 * weights * tokens
-    return flops * config.train_batch_size / (forward_flops(base_net, tokens, text) * base.train_batch_size)
+    return batch * flops
 
 
 def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -> dict[str, Any]:

@@ -46,7 +46,7 @@ TASKS = {
     "extraction": Task(f"{_BENCH}/bench_extraction.py --out {_BENCH}/results/extraction_h100.json", 450),
     "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
     "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
-    "presets": Task(f"{_BENCH}/measure_presets.py", 240),
+    "presets": Task(f"{_BENCH}/measure_presets.py", 280),
     "stages": Task(f"{_BENCH}/recipe_stages.py", 500),
     "emoji-captions": Task(
         f"tools/add_captions.py data/emoji --output build/emoji-captions --captions 16{AND}"

@@ -1,14 +1,14 @@
 """What the stages of the paper's recipe are worth, in miniature on the bundled pictures, at equal FLOPs an arm.
 
-    python benchmarks/recipe_stages.py             # about ten minutes on one H100
+    python benchmarks/recipe_stages.py             # minutes on one GPU
     python benchmarks/recipe_stages.py --tiny      # a few steps on a CPU, to see that it runs
 
 Arms: captions at 256 px from nothing; a class-conditional DiT at 256 px first (pixel dependency), then captions from
 it; captions at 128 px first, then 256 px from them, with the position scale of the original (1) and interpolated (2).
-The first stage of an arm has SHARE of the work. It is counted, not timed: in a network this small a step at 128 px
-takes as long as one at 256 px, which has 3.7 times its arithmetic. Results: validation loss at 256 px, and retrieval of
-what the averaged weights draw (see docs/bundled-model.md); docs/recipe.md shows them. They are written after every arm,
-and arms of this budget that the output file holds are kept: a call can be repeated.
+The first stage of an arm has SHARE of the work. It is counted, not timed: in a network this small less arithmetic
+hardly saves time. Results: validation loss at 256 px, and retrieval of what the averaged weights draw (see
+docs/bundled-model.md); docs/recipe.md shows them. They are written after every arm, and arms of this budget that the
+output file holds are kept: a call can be repeated.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def main() -> None:
         if name in rows:
             continue
         rows[name] = run_arm(args, name, stores)
-        title = {"benchmark": "stages of the recipe, equal FLOPs an arm", **budget}
-        write_report(args.output, {**title, "arms": rows})
+        figures = {"benchmark": "stages of the recipe, equal FLOPs an arm", **budget, "arms": rows}
+        write_report(args.output, figures)
 
 
 def features(args: argparse.Namespace, size: int) -> Path:
@@ -92,11 +92,11 @@ def run_arm(args: argparse.Namespace, name: str, stores: dict[str, Path]) -> dic
     """Train the stages of an arm, each from the one before, and draw with the last."""
     stages = [(config, [option.format(**stores) for option in options]) for config, options in ARMS[name]]
     shares = [1.0] if len(stages) == 1 else [args.share, 1 - args.share]
-    whole = forward_flops(args, *stages[-1])
+    whole = flops_a_picture(args, *stages[-1])
     start: Path | None = None
     row: dict[str, Any] = {"steps": []}
     for number, ((config, options), share) in enumerate(zip(stages, shares), start=1):
-        steps = round(share * args.steps * whole / forward_flops(args, config, options))
+        steps = round(share * args.steps * whole / flops_a_picture(args, config, options))
         folder = f"{name}-{number}".replace(" ", "-").replace(",", "")
         ends = [f"max_steps={steps}", f"save_model_steps={steps}", f"validation.every_steps={steps}"]
         metrics = train(args, folder, config, [*options, *ends], start)
@@ -112,8 +112,8 @@ def loaded(args: argparse.Namespace, config: str, options: list[str]) -> TrainCo
     return load_config(FOLDER / config, [*common, *options, *args.cfg_options])
 
 
-def forward_flops(args: argparse.Namespace, config: str, options: list[str]) -> int:
-    """Of the stage's network, for one picture."""
+def flops_a_picture(args: argparse.Namespace, config: str, options: list[str]) -> int:
+    """Of one pass of the stage's network."""
     stage = loaded(args, config, options)
     network = new_network(stage.model, model_options(stage))
     latents = torch.zeros(1, 4, stage.image_size // 8, stage.image_size // 8)

@@ -199,15 +199,15 @@ METHOD = """# Many GPUs: measured on one host, reckoned beyond
 ## How it is reckoned
 
 A step of one GPU takes a fixed time and a time a sample, from two batch sizes. The gradients of XL/2 (2.44 GB in
-float32, in 24 buckets) are summed within each host, where GPUs copy from each other, and between hosts by NCCL, every GPU
-its share. The first is taken to last as long as NCCL's all-reduce at its measured bus bandwidth, the second follows from
-an assumed one. While the backward pass (two thirds of a step) hides this, it slows the step by the measured drag: what
-DDP added on the host to a step of all GPUs "apart" (at once, without communication), for each second of communication.
-What the backward pass cannot hide is waited for. All wait for the slowest GPU, by the measured spread of steps. Saves are as far apart as
-costs least (Young: the root of twice the wait of a save times the time between failures); a failure costs half of that,
-its detection, and a start, whose last part is measured. Batches and steps are those of the paper's stages; where a GPU
-would have less than one sample the global batch grows and the steps become fewer in proportion, which the paper did not
-try. Stage 1 (a DiT) is counted as a PixArt of the same size.
+float32, in 24 buckets) are summed within each host, where GPUs copy from each other, and between hosts by NCCL, every
+GPU its share. The first is taken to last as long as NCCL's all-reduce at its measured bus bandwidth, the second
+follows from an assumed one. While the backward pass (two thirds of a step) hides this, it slows the step by the
+measured drag: what DDP added on the host to a step of all GPUs "apart" (at once, without communication), for each
+second of communication. What the backward pass cannot hide is waited for. All wait for the slowest GPU, by the
+measured spread of steps. Saves are as far apart as costs least (Young: the root of twice the wait of a save times the
+time between failures); a failure costs half of that, its detection, and a start, whose last part is measured. Batches
+and steps are those of the paper's stages; where a GPU would have less than one sample the global batch grows and the
+steps become fewer in proportion, which the paper did not try. Stage 1 (a DiT) is counted as a PixArt of the same size.
 
 Not in it: the file system, which has to feed all hosts (about 0.5 MB of features a sample at 256 px), networks whose
 bandwidth shrinks with distance, and hosts that fail together.

@@ -1,5 +1,5 @@
-# Purpose: what the three stages of the miniature recipe share: the paper's order of stages on the bundled pictures, with
-#          the objective and optimiser of emoji_256.py, which learn them in minutes: docs/recipe.md;
+# Purpose: what the three stages of the miniature recipe share, which are the paper's on the bundled pictures, with the
+#          objective and optimiser of emoji_256.py, which learn them in minutes: docs/recipe.md;
 #          benchmarks/recipe_stages.py measures what each stage is worth.
 # Data: in the stages that inherit this file.
 # Batch: 256 per process x 1 process x 1 accumulation = 256 a step.
