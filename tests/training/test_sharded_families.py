@@ -84,7 +84,7 @@ def assert_same_training(work_dir: Path, reference: Path) -> None:
     """Losses, norms, weights, averages and moments, within the reordering of float32 sums."""
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("validation_loss", 1e-5)):
         assert curve(work_dir, key) == pytest.approx(curve(reference, key), rel=tolerance), key
-    assert_close(optimizer_state(work_dir, 4), optimizer_state(reference, 4), 1e-4, "moments")
+    assert_close(moments(work_dir), moments(reference), 1e-4, "moments", of_all=2e-7)
     ours, theirs = weight_files(work_dir), weight_files(reference)
     assert ours.keys() == theirs.keys()
     for file, tensors in theirs.items():
@@ -92,12 +92,25 @@ def assert_same_training(work_dir: Path, reference: Path) -> None:
         assert_close(ours[file], tensors, 2e-3, file)
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, where: str) -> None:
-    """Each tensor within a share of its norm; weights move by about 4 % of it here (lr 1e-3, four steps, std 0.08)."""
+def moments(work_dir: Path) -> dict[str, torch.Tensor]:
+    """What Adam remembers of gradients, in their unit, and apart from them counts of steps."""
+    state = optimizer_state(work_dir, 4)
+    return {key: value.sqrt() if key.endswith("exp_avg_sq") else value for key, value in state.items()}
+
+
+def assert_close(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, where: str, of_all: float = 0.0
+) -> None:
+    """Each tensor within a share of its norm; weights move by about 4 % of it here (lr 1e-3, four steps, std 0.08).
+
+    `of_all`: also allows a share of the greatest norm. A first LoRA factor's gradient is up to 500,000 times smaller
+    than the sums it comes from, whose rounding it shows.
+    """
     assert ours.keys() == theirs.keys(), where
+    allowed = of_all * max(tensor.float().norm().item() for key, tensor in theirs.items() if not key.endswith(".step"))
     for key, tensor in theirs.items():
         difference = (ours[key] - tensor).float().norm().item()
-        assert difference <= tolerance * tensor.float().norm().item(), f"{where} {key}: {difference}"
+        assert difference <= tolerance * tensor.float().norm().item() + allowed, f"{where} {key}: {difference}"
 
 
 @pytest.mark.slow
@@ -116,7 +129,7 @@ def test_a_sharded_run_resumes_bit_for_bit(name: str, two: Path) -> None:
     for key in ("loss", "grad_norm", "validation_loss"):
         assert curve(cut, key) == curve(unbroken, key)
     ours, theirs = weight_files(cut), weight_files(unbroken)
-    ours["moments"], theirs["moments"] = optimizer_state(cut, 4), optimizer_state(unbroken, 4)
+    ours["moments"], theirs["moments"] = moments(cut), moments(unbroken)
     for file, tensors in theirs.items():
         assert all(torch.equal(ours[file][key], tensor) for key, tensor in tensors.items()), file
 
