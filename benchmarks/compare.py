@@ -65,6 +65,7 @@ ROWS = {
     "cpu-train": Row("train", 256, (8, 16), bundled=True),
     "cpu-train-float32": Row("train", 256, (8, 16), bundled=True, float32=True),
     "cpu-sample": Row("sample", 256, (1,), bundled=True),
+    "cpu-lcm": Row("sample", 256, (1,), "lcm", 4, 1.0, bundled=True),  # an LCM has the shapes of its teacher
     "cpu-throughput": Row("sample", 256, (1, 2, 4), bundled=True),
 }
 ARMS = ("ours", "diffusers", "diffusers-compile")

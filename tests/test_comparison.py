@@ -164,9 +164,9 @@ QUICK = ["--device", "cpu", "--windows", 2, "--seconds", 0.05, "--warm-up", 1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["sample-256", "train-256", "cpu-sample"])
+@pytest.mark.parametrize("row", ["sample-256", "train-256", "cpu-sample", "cpu-lcm"])
 def test_rows(row: str, tmp_path: Path) -> None:
-    out, size = tmp_path / "row.json", () if row == "cpu-sample" else ("--tiny",)  # that row is the bundled model's
+    out, size = tmp_path / "row.json", () if row.startswith("cpu-") else ("--tiny",)  # the bundled model has one size
     printed = run("benchmarks/compare.py", row, *size, *QUICK, "--arms", "ours-eager", "diffusers", "--output", out)
     assert "ours-eager / diffusers:" in printed
     result = json.loads(out.read_text())

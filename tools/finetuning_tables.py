@@ -59,17 +59,21 @@ def dreambooth(result: dict[str, Any]) -> str:
 
 
 def lcm(result: dict[str, Any]) -> str:
-    """R@1 of the distilled models at few steps."""
+    """R@1 and sharpness of the distilled models at few steps, and of the model they come from."""
     counts = list(result["LCM"])
     lines = [
-        f"| R@1 in % of {result['drawings']} labels | {' | '.join(counts)} | training |",
+        f"| R@1 in % of {result['drawings']} labels, sharpness | {' | '.join(counts)} | training |",
         "|---" * (len(counts) + 2) + "|",
     ]
-    for name in ("LCM", "LCM-LoRA"):
-        rates = " | ".join(f"{result[name][count]['r1']:.1f}" for count in counts)
-        lines.append(f"| {name} | {rates} | {result['training_seconds'][name]:.0f} s on {result['device']} |")
-    lines += ["", f"The teacher, 20 steps with guidance: {result['teacher']['r1']:.1f}."]
-    return "\n".join([*lines, *_sheet("finetune_lcm", "teacher, LCM and LCM-LoRA at 8, 4, 2, 1 steps")])
+    for name in ("undistilled", "LCM", "LCM-LoRA"):
+        rates = " | ".join(f"{row['r1']:.1f}, {row['sharpness']:.2f}" for row in map(result[name].get, counts))
+        spent = result["training_seconds"].get(name)
+        training = "" if spent is None else f"{result['steps'][name]} steps of {result['batch_size']}, {spent:.0f} s"
+        lines.append(f"| {name} | {rates} | {training} |")
+    teacher = result["teacher"]
+    lines += ["", f"The teacher, 20 steps with guidance: {teacher['r1']:.1f}, {teacher['sharpness']:.2f}. "]
+    lines[-1] += f"Trained on {result['device']}. Sharpness is that of a drawing over that of its real picture."
+    return "\n".join([*lines, *_sheet("finetune_lcm", "teacher; undistilled, LCM, LCM-LoRA at 8, 4, 2, 1 steps")])
 
 
 def controlnet(result: dict[str, Any]) -> str:

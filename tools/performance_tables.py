@@ -22,6 +22,7 @@ ROWS = {
     "cpu-train": "CPU: training, bundled model",
     "cpu-train-float32": "CPU: the same in float32",
     "cpu-sample": "CPU: 20 steps, bundled model",
+    "cpu-lcm": "CPU: 4 steps (LCM), bundled model",
     "cpu-cold": "CPU: first picture of a process",
 }
 OURS, EAGER, COMPILED = "ours", "diffusers", "diffusers-compile"
