@@ -134,6 +134,9 @@ def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "| training, 256 px | 150 images/s (50 %) | 50 images/s (50 %) | 120 images/s (50 %) | 3.00x, 1.25x |" in table
     )
     assert "Measured on a card, torch 2.11, diffusers 0.42.\n\nNot measured yet: training, 512 px; " in table
+    (tmp_path / "compare_train-512.json").write_text(json.dumps({**facts, "device": "another", "rows": []}))
+    both = 'Measured on a card, torch 2.11, diffusers 0.42; "training, 512 px": another, torch 2.11, diffusers 0.42.'
+    assert both in tables.readme_table(tmp_path)
     levers = "\n".join(tables.levers_section(tmp_path))
     assert "| solver loop as one CUDA graph | `--fast` | sample-256 | 1.50x | same |" in levers
     assert "python benchmarks/compare.py train-1024 --arms ours ours-compile ours-fp8" in levers

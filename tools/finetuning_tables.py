@@ -66,14 +66,17 @@ def lcm(result: dict[str, Any]) -> str:
         "|---" * (len(counts) + 2) + "|",
     ]
     for name in ("undistilled", "LCM", "LCM-LoRA"):
-        rates = " | ".join(f"{row['r1']:.1f}, {row['sharpness']:.2f}" for row in map(result[name].get, counts))
+        rates = " | ".join(_found(result[name][count]) for count in counts)
         spent = result["training_seconds"].get(name)
         training = "" if spent is None else f"{result['steps'][name]} steps of {result['batch_size']}, {spent:.0f} s"
         lines.append(f"| {name} | {rates} | {training} |")
-    teacher = result["teacher"]
-    lines += ["", f"The teacher, 20 steps with guidance: {teacher['r1']:.1f}, {teacher['sharpness']:.2f}. "]
-    lines[-1] += f"Trained on {result['device']}. Sharpness is that of a drawing over that of its real picture."
+    lines += ["", f"The teacher, 20 steps with guidance: {_found(result['teacher'])}. Trained on {result['device']}."]
+    lines.append("Sharpness is that of a drawing over that of its real picture.")
     return "\n".join([*lines, *_sheet("finetune_lcm", "teacher; undistilled, LCM, LCM-LoRA at 8, 4, 2, 1 steps")])
+
+
+def _found(row: dict[str, float]) -> str:
+    return f"{row['r1']:.1f}, {row['sharpness']:.2f}"
 
 
 def controlnet(result: dict[str, Any]) -> str:

@@ -64,29 +64,27 @@ def readme_table(results: Path) -> str:
         "| work | ours | diffusers eager | diffusers + compile | ours is faster by |",
         "|---|---|---|---|---|",
     ]
-    missing = []
-    for name, title in ROWS.items():
-        result = read(results / f"compare_{name}.json")
-        if result is None:
-            missing.append(title)
-            continue
+    found = {title: read(results / f"compare_{name}.json") for name, title in ROWS.items()}
+    measured = {title: result for title, result in found.items() if result is not None}
+    missing = [title for title in found if title not in measured]
+    for title, result in measured.items():
         arms = {row["arm"]: row for row in result["rows"]}
         lead = [f"{gain:.2f}x" for gain in (gain_of(arms, OURS, other) for other in (EAGER, COMPILED)) if gain]
         shown = [figure(arms.get(arm)) for arm in (OURS, EAGER, COMPILED)]
         lines.append(f"| {title} | {' | '.join(shown)} | {', '.join(lead)} |")
-    table = [*lines, "", *machines(results), ""] if len(missing) < len(ROWS) else []
+    table = [*lines, "", machines(measured), ""] if measured else []
     return "\n".join([*table, *([f"Not measured yet: {'; '.join(missing)}."] if missing else [])]).strip()
 
 
-def machines(results: Path) -> list[str]:
-    """On what the table was measured."""
-    found = [result for name in ROWS if (result := read(results / f"compare_{name}.json")) is not None]
-    places = dict.fromkeys(
-        f"{result['device'] if result['device'] != 'cpu' else result['cpu']}, torch {result['versions']['torch']}, "
-        f"diffusers {result['versions']['diffusers']}"
-        for result in found
-    )
-    return [f"Measured on {'; '.join(places)}."]
+def machines(measured: dict[str, dict[str, Any]]) -> str:
+    """On what rows of these titles were measured; those of another machine than the first row's are named."""
+    places: dict[str, list[str]] = {}
+    for title, result in measured.items():
+        device, versions = result["device"] if result["device"] != "cpu" else result["cpu"], result["versions"]
+        place = f"{device}, torch {versions['torch']}, diffusers {versions['diffusers']}"
+        places.setdefault(place, []).append(f'"{title}"')
+    first, *others = places
+    return "; ".join([f"Measured on {first}", *(f"{', '.join(places[place])}: {place}" for place in others)]) + "."
 
 
 def figure(row: dict[str, Any] | None) -> str:

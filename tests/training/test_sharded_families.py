@@ -84,7 +84,10 @@ def assert_same_training(work_dir: Path, reference: Path) -> None:
     """Losses, norms, weights, averages and moments, within the reordering of float32 sums."""
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("validation_loss", 1e-5)):
         assert curve(work_dir, key) == pytest.approx(curve(reference, key), rel=tolerance), key
-    assert_close(moments(work_dir), moments(reference), 1e-4, "moments", of_all=2e-7)
+    ours, theirs = moments(work_dir), moments(reference)
+    largest = max(value.norm().item() for key, value in theirs.items() if key.endswith("exp_avg"))
+    # Of an adapter the smallest gradient is 2e-6 of the largest: it shows the rounding of the sums it comes from.
+    assert_close(ours, theirs, 1e-4, "moments", floor=2e-7 * largest)
     ours, theirs = weight_files(work_dir), weight_files(reference)
     assert ours.keys() == theirs.keys()
     for file, tensors in theirs.items():
@@ -99,18 +102,14 @@ def moments(work_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_close(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, where: str, of_all: float = 0.0
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, where: str, floor: float = 0.0
 ) -> None:
-    """Each tensor within a share of its norm; weights move by about 4 % of it here (lr 1e-3, four steps, std 0.08).
-
-    `of_all`: also allows a share of the greatest norm. A first LoRA factor's gradient is up to 500,000 times smaller
-    than the sums it comes from, whose rounding it shows.
-    """
+    """Each tensor within a share of its norm (and `floor`); weights move by about 4 % of it here (lr 1e-3, four steps,
+    std 0.08)."""
     assert ours.keys() == theirs.keys(), where
-    allowed = of_all * max(tensor.float().norm().item() for key, tensor in theirs.items() if not key.endswith(".step"))
     for key, tensor in theirs.items():
         difference = (ours[key] - tensor).float().norm().item()
-        assert difference <= tolerance * tensor.float().norm().item() + allowed, f"{where} {key}: {difference}"
+        assert difference <= tolerance * tensor.float().norm().item() + floor, f"{where} {key}: {difference}"
 
 
 @pytest.mark.slow
@@ -129,7 +128,7 @@ def test_a_sharded_run_resumes_bit_for_bit(name: str, two: Path) -> None:
     for key in ("loss", "grad_norm", "validation_loss"):
         assert curve(cut, key) == curve(unbroken, key)
     ours, theirs = weight_files(cut), weight_files(unbroken)
-    ours["moments"], theirs["moments"] = moments(cut), moments(unbroken)
+    ours["moments"], theirs["moments"] = optimizer_state(cut, 4), optimizer_state(unbroken, 4)
     for file, tensors in theirs.items():
         assert all(torch.equal(ours[file][key], tensor) for key, tensor in tensors.items()), file
 
