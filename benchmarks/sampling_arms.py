@@ -31,6 +31,7 @@ OUR_ARMS: dict[str, dict[str, Any] | None] = {
     "ours-reuse-2": {"reuse_every": 2},
     "ours-guide-half": {"guidance_until": 0.5},
     "ours-bfloat16": None,
+    "ours-nchw": None,
     "ours-eager": None,
 }
 
@@ -150,6 +151,9 @@ class OurSampling(SamplingArm):
             transformer, vae = transformer.bfloat16(), vae.bfloat16()
         elif self.name != "ours-eager":
             use_onednn(transformer)
+        if self.name == "ours-nchw":  # the layout that a decoder has where nobody chose one
+            decode = vae.decode
+            vae.decode = lambda latents, **options: decode(latents.contiguous(), **options)
         scheduler = parts.scheduler(self.task.algorithm)
         pipeline = PixArtPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         make_fast(pipeline, self.name)

@@ -57,7 +57,7 @@ def compile_encoder(vae: Any) -> Any:
     """The same VAE with its encoder compiled; the first pictures of each shape wait for that, half a minute on a card.
 
     On a card its weights are in NHWC then, where cuDNN's 16-bit convolutions want them. Not compiled, NCHW is the
-    faster layout: torch's group norm is slow in the other.
+    faster layout there: torch's group norm is slow in the other.
     """
     if vae.device.type == "cuda":
         vae.to(memory_format=torch.channels_last)
@@ -72,8 +72,8 @@ def encode_moments(vae: Any, pixels: Tensor, device: torch.device | None = None)
     Unscaled: multiply a sample by `vae.config.scaling_factor` before it enters the model.
     device: where an offloaded VAE computes; None = where it lies.
     """
-    posterior = vae.encode(pixels.to(device=device or vae.device, dtype=vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    posterior = vae.encode(_laid_out(pixels.to(device=device or vae.device, dtype=vae.dtype))).latent_dist
+    return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
 
 @torch.no_grad()
@@ -89,4 +89,14 @@ def decode_latents(
     when it decodes (the consistency decoder).
     """
     latents = latents_scaled.to(device=device or vae.device, dtype=vae.dtype) / vae.config.scaling_factor
-    return vae.decode(latents, generator=None if generators is None else list(generators)).sample.float()
+    given = None if generators is None else list(generators)
+    return vae.decode(_laid_out(latents), generator=given).sample.float().contiguous()
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """The same values, on a CPU in NHWC: oneDNN convolves in it, and turns the tensors of every layer around otherwise.
+
+    Layers keep the layout of what they are given. Other devices get what the caller chose.
+    """
+    onednn = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return x.contiguous(memory_format=torch.channels_last) if onednn else x

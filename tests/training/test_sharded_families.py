@@ -57,6 +57,8 @@ def configs(base: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory) -
     common = [f"{name}={value}" for name, value in SIZES.items()]
     common += [f"load_from={base}", "max_steps=4", "save_model_steps=2", "gradient_clip=0.5"]
     common += ["validation.every_steps=2", "validation.num_samples=3"]
+    # Adam divides by |gradient| + eps: with a small eps the rounding of a gradient near 0 decides where a weight goes.
+    common += ["optimizer.eps=1e-5"]
     for name, options in FAMILIES.items():
         (folder / f"{name}.json").write_text(load_config(file, [*common, *options]).to_json())
     return folder
@@ -81,18 +83,20 @@ def weight_files(work_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_same_training(work_dir: Path, reference: Path) -> None:
-    """Losses, norms, weights, averages and moments, within the reordering of float32 sums."""
-    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("validation_loss", 1e-5)):
-        assert curve(work_dir, key) == pytest.approx(curve(reference, key), rel=tolerance), key
+    """Losses, norms, weights, averages and moments, within the reordering of float32 sums.
+
+    What that changes here, by instruction set and data: curves up to 2e-6, moments 2e-5, weights 5e-6 of their norm.
+    """
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert curve(work_dir, key) == pytest.approx(curve(reference, key), rel=1e-4), key
     ours, theirs = moments(work_dir), moments(reference)
     largest = max(value.norm().item() for key, value in theirs.items() if key.endswith("exp_avg"))
     # Of an adapter the smallest gradient is 2e-6 of the largest: it shows the rounding of the sums it comes from.
-    assert_close(ours, theirs, 1e-4, "moments", floor=2e-7 * largest)
+    assert_close(ours, theirs, 1e-3, "moments", floor=2e-7 * largest)
     ours, theirs = weight_files(work_dir), weight_files(reference)
     assert ours.keys() == theirs.keys()
     for file, tensors in theirs.items():
-        # Adam divides a gradient near 0 by its own size: rounding may turn the sign of such an element's step.
-        assert_close(ours[file], tensors, 2e-3, file)
+        assert_close(ours[file], tensors, 1e-4, file)
 
 
 def moments(work_dir: Path) -> dict[str, torch.Tensor]:
