@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_transformer
 from diffusion.errors import PromptError
+from diffusion.images.upsampling import fold_upsampling
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.inference.conditions import size_conditions
 from diffusion.models.cpu_linear import use_onednn
@@ -31,7 +32,7 @@ OUR_ARMS: dict[str, dict[str, Any] | None] = {
     "ours-reuse-2": {"reuse_every": 2},
     "ours-guide-half": {"guidance_until": 0.5},
     "ours-bfloat16": None,
-    "ours-nchw": None,
+    "ours-plain-decoder": None,
     "ours-eager": None,
 }
 
@@ -151,9 +152,11 @@ class OurSampling(SamplingArm):
             transformer, vae = transformer.bfloat16(), vae.bfloat16()
         elif self.name != "ours-eager":
             use_onednn(transformer)
-        if self.name == "ours-nchw":  # the layout that a decoder has where nobody chose one
+        if self.name == "ours-plain-decoder":  # diffusers' layers, in the layout that they have where nobody chose one
             decode = vae.decode
             vae.decode = lambda latents, **options: decode(latents.contiguous(), **options)
+        else:
+            fold_upsampling(vae)
         scheduler = parts.scheduler(self.task.algorithm)
         pipeline = PixArtPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         make_fast(pipeline, self.name)

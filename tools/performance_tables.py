@@ -54,7 +54,7 @@ LEVERS = (
     Lever("guidance in half the steps", "`--guidance_until 0.5`", "sample-1024", "ours-guide-half", "ours", False),
     Lever("CPU: products by oneDNN", "the default", "cpu-sample", "ours", "ours-eager"),
     Lever("CPU: compiled blocks", "`enable_fast_sampling(compile=True)`", "cpu-sample", "ours-compile", "ours"),
-    Lever("CPU: decoder in NHWC", "the default", "cpu-lcm", "ours", "ours-nchw"),
+    Lever("CPU: decoder in NHWC, upsampling folded", "the default", "cpu-lcm", "ours", "ours-plain-decoder"),
     Lever("CPU: bfloat16", "`--fast --dtype bfloat16`", "cpu-sample", "ours-bfloat16", "ours", False),
 )  # fmt: skip
 

@@ -43,6 +43,8 @@ def load_vae(
     """
     from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 
+    from diffusion.images.upsampling import fold_upsampling
+
     found = vae_folder(folder)
     try:
         name = json.loads((found / "config.json").read_text(encoding="utf-8")).get("_class_name")
@@ -50,6 +52,7 @@ def load_vae(
         vae = cls.from_pretrained(str(found), local_files_only=True, torch_dtype=dtype, variant=variant)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{found}: the VAE cannot be loaded ({first_line(error)})") from error
+    fold_upsampling(vae)
     return vae.to(device).eval().requires_grad_(False)
 
 
