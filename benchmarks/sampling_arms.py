@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_transformer
 from diffusion.errors import PromptError
+from diffusion.images import vae_folder
 from diffusion.images.upsampling import fold_upsampling
 from diffusion.inference import PixArtPipeline, make_scheduler
 from diffusion.inference.conditions import size_conditions
@@ -69,9 +70,12 @@ class Parts:
 
     @classmethod
     def of_folder(cls, folder: str, device: Any, dtype: Any) -> Parts:
-        """A pipeline folder, such as the bundled model."""
-        pipe = PixArtPipeline.from_pretrained(folder, torch_dtype=dtype, vae_dtype=dtype)
-        return cls(pipe.tokenizer, pipe.text_encoder.to(device), pipe.vae, load_transformer(folder, dtype=dtype))
+        """A pipeline folder, such as the bundled model. Its VAE has the layers of diffusers, for the peers."""
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(str(vae_folder(folder)), torch_dtype=dtype).eval().requires_grad_(False)
+        pipe = PixArtPipeline.from_pretrained(folder, torch_dtype=dtype, vae=vae, transformer=None)
+        return cls(pipe.tokenizer, pipe.text_encoder.to(device), vae, load_transformer(folder, dtype=dtype))
 
     @property
     def device(self) -> torch.device:

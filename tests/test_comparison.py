@@ -116,6 +116,18 @@ def test_the_best_setting_is_found(program: Any) -> None:
         abab.choose(arm, torch.device("cpu"), warm_up=0, seconds=0.0, until=float("inf"))
 
 
+def test_peers_draw_with_their_own_layers(program: Any) -> None:
+    """And with nothing of ours that the parts, which all arms copy, might have brought."""
+    arms, cpu = program("sampling_arms"), torch.device("cpu")
+    parts = arms.Parts.of_folder(str(ROOT / "output/pretrained_models/emoji-256"), cpu, torch.float32)
+    task, setting = arms.Task(256, "a red apple"), program("abab").Setting(1)
+    kinds = {"diffusers": arms.DiffusersSampling}
+    for name, folded in {"diffusers": 0, "ours-plain-decoder": 0, "ours": 3}.items():
+        pipeline = kinds.get(name, arms.OurSampling)(name, parts, task, [setting]).pipeline(setting)
+        ours = [module for module in pipeline.vae.modules() if type(module).__module__.startswith("diffusion.")]
+        assert len(ours) == folded
+
+
 def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tables = importlib.import_module("performance_tables")

@@ -53,6 +53,19 @@ def test_it_follows_its_weights() -> None:
     assert torch.allclose(ours(inputs), 2 * before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_convolution_that_was_changed_is_called() -> None:
+    """Several processes that share a picture give convolutions another forward; offloading hangs hooks onto them."""
+    plain, inputs, seen = layer(), torch.randn(1, 6, 4, 5), []
+    ours = folded(plain)
+    hook = ours.conv.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    assert torch.equal(ours(inputs), plain(inputs)) and seen == [(1, 6, 8, 10)]
+    hook.remove()
+    ours.conv.forward = lambda given: given + 1
+    assert torch.equal(ours(inputs), nn.functional.interpolate(inputs, scale_factor=2.0) + 1)
+    del ours.conv.forward
+    assert torch.allclose(ours(inputs), plain(inputs), atol=1e-5) and not torch.equal(ours(inputs), plain(inputs))
+
+
 def test_other_precisions_sizes_and_layers_are_computed_as_before() -> None:
     plain, inputs = layer(), torch.randn(1, 6, 4, 5)
     assert torch.equal(folded(plain)(inputs, (7, 9)), plain(inputs, (7, 9)))
