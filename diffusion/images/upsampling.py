@@ -9,6 +9,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.models.cpu_linear import is_float32_on_cpu
+
 # Along one direction: an input pixel has two copies side by side, and reaches four outputs by the sums of these taps.
 _ALONG = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
@@ -30,17 +32,16 @@ class FoldedUpsample(Upsample2D):  # type: ignore[misc]
         conv = self.conv
         # One that computes otherwise (strips of several processes, adapters) or has hooks is called as it is.
         changed = type(conv) is not nn.Conv2d or "forward" in vars(conv)
-        if changed or conv._forward_hooks or conv._forward_pre_hooks or torch.is_autocast_enabled("cpu"):
+        if changed or conv._forward_hooks or conv._forward_pre_hooks:
             return False
-        return inputs.device.type == "cpu" and inputs.dtype == conv.weight.dtype == torch.float32
+        return is_float32_on_cpu(conv, inputs)
 
 
 def transposed_kernel(weight: Tensor) -> Tensor:
     """(O, I, 3, 3) of a convolution with padding 1 -> (I, O, 4, 4).
 
     A transposed convolution with it, stride 2 and padding 1 is that convolution of an input whose every pixel was made
-    two by two. It is made anew for every call, in less than 4 % of the convolution's time: so it never is older than
-    the weight.
+    two by two. It is one small product, made anew for every call, and so never older than the weight.
     """
     both = torch.kron(_ALONG, _ALONG).to(weight)
     return (weight.reshape(-1, 9) @ both.T).view(*weight.shape[:2], 4, 4).transpose(0, 1)

@@ -28,7 +28,7 @@ class OneDNNTrainingLinear(nn.Linear):
     """`nn.Linear`; on the CPU in float32 by oneDNN, with gradients or without, compiled or not."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not _is_float32(self, inputs):
+        if not is_float32_on_cpu(self, inputs):
             return super().forward(inputs)
         outputs: Tensor = _linear(inputs, self.weight, self.bias)
         return outputs
@@ -80,10 +80,11 @@ def has_onednn() -> bool:
 
 def _suits(layer: nn.Linear, inputs: Tensor) -> bool:
     # The compiler takes oneDNN's products of constant weights alone, and has products of its own.
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and _is_float32(layer, inputs)
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and is_float32_on_cpu(layer, inputs)
 
 
-def _is_float32(layer: nn.Linear, inputs: Tensor) -> bool:
+def is_float32_on_cpu(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
+    """Whether a layer with a weight of its own is to multiply float32 by float32 on a CPU."""
     if inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return isinstance(layer.weight, nn.Parameter) and inputs.dtype == layer.weight.dtype == torch.float32
