@@ -40,6 +40,7 @@ COPY --chown=pixart tools ./tools
 COPY --chown=pixart configs ./configs
 COPY --chown=pixart asset ./asset
 COPY --chown=pixart output/pretrained_models/emoji-256 ./output/pretrained_models/emoji-256
+COPY --chown=pixart output/pretrained_models/emoji-256-lcm-lora ./output/pretrained_models/emoji-256-lcm-lora
 
 USER ${USER_ID}
 EXPOSE 12345

@@ -209,10 +209,11 @@ def measure(args: argparse.Namespace, name: str, steps: int, *, posthoc: bool) -
     row = {
         "overrides": ARMS[name],
         "steps": steps,
-        "images_per_s": round(statistics.median(m["images_per_s"] for m in metrics if "images_per_s" in m)),
         "validation_loss": metrics[-1].get("validation_loss"),
         **draw(args, work_dir / "checkpoints" / f"checkpoint-{steps}"),
     }
+    if args.steps is None:  # else the card may be shared with other arms
+        row["images_per_s"] = round(statistics.median(m["images_per_s"] for m in metrics if "images_per_s" in m))
     if posthoc:
         row["posthoc"] = {str(sigma_rel): draw_posthoc(args, work_dir, sigma_rel) for sigma_rel in POSTHOC_SIGMA_RELS}
     return row

@@ -8,7 +8,7 @@ load_from = "output/pretrained_models/emoji-256"  # the teacher
 num_workers = 4
 train_batch_size = 256
 num_epochs = 100000  # max_steps ends the run
-max_steps = 2000
+max_steps = 300
 mixed_precision = "fp16"  # at t = 999 a rounding of the noise is 157 times as large in the picture: bf16 is too coarse
 optimizer = dict(type="AdamW", lr=5e-5, weight_decay=0.0, eps=1e-8, betas=(0.9, 0.99))
 lr_schedule = "cosine"
@@ -22,7 +22,7 @@ num_ddim_timesteps = 50
 cfg_scale = 2.0  # uncond + 3 (cond - uncond): the guidance that the teacher is drawn with
 ema_decay = 0.95
 
-log_interval = 50
-save_model_steps = 500
-validation = dict(every_steps=500, at_start=False, num_inference_steps=4, guidance_scale=1.0)
+log_interval = 20
+save_model_steps = 100
+validation = dict(every_steps=100, at_start=False, num_inference_steps=4, guidance_scale=1.0)
 work_dir = "output/lcm"

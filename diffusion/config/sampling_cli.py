@@ -7,6 +7,7 @@ import argparse
 from diffusion.config.arguments import ArgumentParser
 
 BUNDLED = "output/pretrained_models/emoji-256"
+BUNDLED_LCM_LORA = "output/pretrained_models/emoji-256-lcm-lora"
 HED = "output/pretrained_models/ControlNetHED.pth"
 MEMORY_HELP = (
     "auto, full, 8gb (T5 in int8) or 4gb (T5 streamed, VAE in tiles): what is on the card when; auto looks at its "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffusion.config.sampling_cli import BUNDLED, HED
+from diffusion.config.sampling_cli import BUNDLED, BUNDLED_LCM_LORA, HED
 from diffusion.devices import choose_device, choose_dtype
 from diffusion.errors import CheckpointError, ConfigError
 from diffusion.inference.batch import load_pipeline
@@ -90,7 +90,9 @@ def choose(args: argparse.Namespace, variant: Variant, *, fetch: bool = False) -
         return _with_control(Chosen(cached, options), args, variant, fetch), variant
     command = f"`python tools/download.py --model_names {variant.models[0]}`"
     notice = f"{problem}This is the small bundled model, which knows emoji. For the official one: {command}"
-    beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=None)  # the bundled one is not distilled
+    if variant.solver == "lcm" and Path(BUNDLED_LCM_LORA).is_dir():
+        return Chosen(BUNDLED, options, notice, lora=BUNDLED_LCM_LORA), variant
+    beginning = replace(variant, solver="dpm-solver", steps=14, guidance_scale=None)
     return _with_control(Chosen(BUNDLED, options, notice), args, beginning, fetch=False), beginning
 
 

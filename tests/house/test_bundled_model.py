@@ -42,6 +42,22 @@ def test_the_examples_of_the_page_were_drawn_by_it() -> None:
     assert len(list(SHIPPED.glob("*.webp"))) == 8
 
 
+def test_the_bundled_lcm_lora_draws_in_four_steps() -> None:
+    """What distillation gave: drawings of 4 steps without it are smooth (benchmarks/results/finetune_lcm.json)."""
+    pipeline = PixArtPipeline.from_pretrained(FOLDER, algorithm="lcm")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["red apple", "crown", "dog face", "police car"]
+
+    def drawn() -> float:
+        images = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, seed=[0, 1, 2, 3]).images
+        grey = np.stack([np.asarray(image.convert("L"), float) for image in images])
+        return float(np.abs(np.diff(grey, axis=1)).mean() + np.abs(np.diff(grey, axis=2)).mean())
+
+    without = drawn()
+    pipeline.load_lora_weights(FOLDER.parent / "emoji-256-lcm-lora")
+    assert drawn() > 1.1 * without
+
+
 def test_size_limits() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 46e6
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

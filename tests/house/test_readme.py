@@ -23,6 +23,7 @@ APPENDED: dict[str, str | None] = {
     "python train_scripts/train_pixart_lora_hf.py": None,  # tests/training/test_finetuning_commands.py
     "python train_scripts/train_dreambooth.py": None,
     "python train_scripts/train_diffusers.py": None,
+    "python scripts/inference_lcm.py": "",
     "python scripts/inference.py": "--step 2",
     "python scripts/infer_pixart_8_bits.py": "--step 2",
     "python tools/check_data.py": "",

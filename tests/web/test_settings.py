@@ -133,6 +133,10 @@ def test_lcm_begins_with_four_steps_only_where_the_model_is_distilled(
 ) -> None:
     monkeypatch.setattr("diffusion.web.models.ROOT", tmp_path)
     args = lcm_app_parser(None).parse_args([])
+    chosen, beginning = choose_lcm(args, VARIANTS["LCM"])
+    assert (beginning.solver, beginning.steps) == ("lcm", 4)
+    assert chosen.model.endswith("emoji-256") and (ROOT / str(chosen.lora) / "adapter_config.json").is_file()
+    monkeypatch.setattr("diffusion.web.models.BUNDLED_LCM_LORA", str(tmp_path / "absent"))
     assert choose_lcm(args, VARIANTS["LCM"])[1].solver == "dpm-solver"
     (tmp_path / "PixArt-LCM-XL-2-1024-MS").mkdir()
     beginning = choose_lcm(args, VARIANTS["LCM"])[1]
