@@ -2,7 +2,9 @@
 
     python benchmarks/bench_finetuning.py                          # one GPU
     python benchmarks/bench_finetuning.py --no_checkpointing --output benchmarks/results/finetuning_kept.json
-    python benchmarks/bench_finetuning.py --rows full lora --sizes 512 --batch_size 4
+    python benchmarks/bench_finetuning.py --no_checkpointing --compile --batch_size 32 \
+        --output benchmarks/results/finetuning_compiled.json
+    python benchmarks/bench_finetuning.py --rows full lora --sizes 512 --batch_size 16
     python benchmarks/bench_finetuning.py --tiny --device cpu      # to see that it runs
 
 Weights are random, features are made up, and T5 and the VAE are absent, as in training. A row is a family: DreamBooth
@@ -40,16 +42,17 @@ def main() -> None:
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="what is measured (default: all)")
     add("--sizes", nargs="+", type=int, default=[512, 1024], help="px (default: 512 1024)")
-    add("--batch_size", type=int, help="(default: 4 at 512 px, 1 at 1024 px: as many tokens)")
+    add("--batch_size", type=int, default=4, help="pictures a step at 512 px, elsewhere as many tokens (%(default)s)")
     add("--tokens", type=int, default=120, help="tokens a caption (default: %(default)s)")
     add("--steps", type=int, default=20, help="measured, after 5 that are not (default: %(default)s)")
+    add("--compile", action="store_true", help="torch.compile the blocks, as compile=True of a config")
     add("--no_checkpointing", action="store_true", help="keep activations: faster, more memory")
     add("--device", default="cuda")
     add("--tiny", action="store_true", help="a network of 2 blocks at 64 px, 2 steps")
     add("--output", type=Path, default=Path("benchmarks/results/finetuning.json"))
     args = parser.parse_args()
     if args.tiny:
-        args.sizes, args.steps, args.tokens, args.batch_size = [64], 2, 8, 1
+        args.sizes, args.steps, args.tokens = [64], 2, 8
     rows = [measure(args, name, size) for size in args.sizes for name in args.rows]
     speeds = {(row["row"], row["size_px"]): row["steps_per_s"] for row in rows}
     bars = {
@@ -61,7 +64,13 @@ def main() -> None:
     kept = "all kept" if args.no_checkpointing else "recomputed, block by block"
     write_report(
         args.output,
-        {"benchmark": "fine-tuning, PixArt XL/2, bf16, AdamW", "activations": kept, "rows": rows, "bars": bars},
+        {
+            "benchmark": "fine-tuning, PixArt XL/2, bf16, AdamW",
+            "activations": kept,
+            "compiled": args.compile,
+            "rows": rows,
+            "bars": bars,
+        },
     )
 
 
@@ -76,6 +85,11 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network, objective = build(name, config, device)
     network.train()
+    if args.compile:
+        roles = getattr(objective, "roles", None)
+        frozen = [getattr(objective, "teacher", None), *((roles.teacher, roles.target) if roles else ())]
+        for part in [network, *filter(None, frozen)]:
+            part.compile_blocks(dynamic=False)
     optimizer = build_optimizer(network, config, batch_of(args, size))
     batch = made_up_batch(args, config, size).to(device)
     count = len(batch.keys)
@@ -170,7 +184,7 @@ def config_of(args: argparse.Namespace, keys: dict[str, Any], size: int) -> Any:
 
 def batch_of(args: argparse.Namespace, size: int) -> int:
     """Pictures a step."""
-    return int(args.batch_size or max(1, 4 * 512**2 // size**2))
+    return 1 if args.tiny else max(1, args.batch_size * 512**2 // size**2)
 
 
 def made_up_batch(args: argparse.Namespace, config: Any, size: int) -> Any:

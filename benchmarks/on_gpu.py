@@ -47,7 +47,7 @@ TASKS = {
     "loader": Task(f"{_BENCH}/bench_loader.py --workers 8", 120),
     "overhead": Task(f"{_BENCH}/bench_training_overhead.py --batch-size 64", 180),
     "presets": Task(f"{_BENCH}/measure_presets.py", 280),
-    "stages": Task(f"{_BENCH}/recipe_stages.py", 500),
+    "stages": Task(f"{_BENCH}/recipe_stages.py", 400),
     "emoji-captions": Task(
         f"tools/add_captions.py data/emoji --output build/emoji-captions --captions 16{AND}"
         f"tools/extract_features.py build/emoji-captions --out {_CAPTIONS}",
@@ -65,11 +65,16 @@ TASKS = {
         450,
     ),
     "saving": Task(f"{_BENCH}/bench_saving.py", 180),
-    "finetuning": Task(f"{_BENCH}/bench_finetuning.py", 300),
+    "finetuning": Task(f"{_BENCH}/bench_finetuning.py", 220),
     "finetuning-kept": Task(
-        f"{_BENCH}/bench_finetuning.py --no_checkpointing --output {_BENCH}/results/finetuning_kept.json", 300
+        f"{_BENCH}/bench_finetuning.py --no_checkpointing --output {_BENCH}/results/finetuning_kept.json", 130
     ),
-    "lcm": Task(f"{_BENCH}/finetune_lcm.py", 500),
+    "finetuning-compiled": Task(
+        f"{_BENCH}/bench_finetuning.py --no_checkpointing --compile --batch_size 32 "
+        f"--output {_BENCH}/results/finetuning_compiled.json",
+        500,
+    ),
+    "lcm": Task(f"{_BENCH}/finetune_lcm.py", 300),
     "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 400),
     "lora": Task(f"{_BENCH}/finetune_lora.py", 200),
     "dreambooth": Task(f"{_BENCH}/finetune_dreambooth.py", 300),

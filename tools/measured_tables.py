@@ -171,7 +171,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": made_of(stages, "recipe_stages", "recipe_stages"),
     "levers": made_of(levers, "ablation_emoji", "ablation_levers"),
     "presets": made_of(presets, "measure_presets", "presets"),
-    "finetuning": made_of(finetuning_tables.families, "bench_finetuning", "finetuning", "finetuning_kept", enough=any),
+    "finetuning": made_of(
+        finetuning_tables.families,
+        "bench_finetuning",
+        "finetuning",
+        "finetuning_kept",
+        "finetuning_compiled",
+        enough=any,
+    ),
     **{
         name: made_of(getattr(finetuning_tables, name), f"finetune_{name}", f"finetune_{name}")
         for name in ("lora", "dreambooth", "lcm", "controlnet")

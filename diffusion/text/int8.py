@@ -6,6 +6,8 @@ activations are not quantised. Weights are ordinary int8 tensors, so they load, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,8 +36,22 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        dtype = self.scale.dtype
-        return F.linear(inputs.to(dtype), self.weight.to(dtype) * self.scale, self.bias)
+        output: Tensor = _Restored.apply(inputs.to(self.scale.dtype), self.weight, self.scale, self.bias)
+        return output
+
+
+class _Restored(torch.autograd.Function):
+    """A product with a weight that is restored for it, and once more for its gradient, and not kept between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(inputs, weight.to(scale.dtype) * scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        return gradients[0].to(scale.dtype) @ (weight.to(scale.dtype) * scale), None, None, None
 
 
 def quantize_linears(model: nn.Module, device: str | torch.device | None = None) -> int:

@@ -112,6 +112,7 @@ def lora_config(
         "max_steps": args.max_train_steps,
         "mixed_precision": args.mixed_precision,
         "grad_checkpointing": args.gradient_checkpointing,
+        "compile": args.compile,
         "gradient_clip": args.max_grad_norm,
         "class_dropout_prob": args.proportion_empty_prompts,
         "process": {**base["process"], "min_snr_gamma": args.snr_gamma, "noise_offset": args.noise_offset},

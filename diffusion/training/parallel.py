@@ -52,7 +52,7 @@ def place(network: Any, config: TrainConfig, ranks: Ranks) -> Any:
 
 
 def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
-    """Move a network without gradients (a teacher, a target) to where the trained one is, and shard it as that is.
+    """Move a network without gradients (a teacher, a target) to where the trained one is; shard and compile it as that.
 
     Args:
         network: on any device; on meta, its weights are then to be filled in.
@@ -60,6 +60,9 @@ def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
     """
     network.requires_grad_(False).eval()
     mesh, device = mesh_of(beside.parameters()), next(beside.parameters()).device
+    use_kernels(network, kernels_of(config), device)
+    if config.compile:
+        network.compile_blocks(dynamic=False)
     if mesh is not None:
         shard(network, mesh, config, frozen=True)
         network.register_forward_hook(lambda module, arguments, output: forget_forward(module))
@@ -106,8 +109,7 @@ def choose_kernels(network: nn.Module, config: TrainConfig, device: torch.device
     """
     chosen = config.kernels
     try:
-        names = {field.name: getattr(chosen, field.name) for field in fields(Kernels)}
-        use_kernels(network, Kernels(**names), device)
+        use_kernels(network, kernels_of(config), device)
         if chosen.fp8 is not None:
             count = use_fp8(network, chosen.fp8, chosen.fp8_layers)
             LOGGER.info("FP8 (lossy): %d linear layers, scaled %s", count, chosen.fp8)
@@ -118,6 +120,11 @@ def choose_kernels(network: nn.Module, config: TrainConfig, device: torch.device
     recomputing = config.grad_checkpointing_args
     budget = recomputing.budget if config.grad_checkpointing and recomputing.policy == "budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget  # type: ignore[attr-defined]
+
+
+def kernels_of(config: TrainConfig) -> Kernels:
+    """The choice of a config, less what changes the function (`fp8`) or layers (`onednn`)."""
+    return Kernels(**{field.name: getattr(config.kernels, field.name) for field in fields(Kernels)})
 
 
 def device_mesh(config: TrainConfig, ranks: Ranks) -> DeviceMesh:

@@ -64,6 +64,20 @@ def test_resume_is_bit_exact(family: type[Family], config_file: Path, teacher: P
         assert all(torch.equal(averaged[0][key], averaged[1][key]) for key in averaged[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_it_learns_the_same(family: type[Family], config_file: Path, teacher: Path, tmp_path: Path) -> None:
+    options = ["max_steps=3", "validation.num_samples=0"]
+    run(configured(config_file, teacher, *options), family(), tmp_path / "plain")
+    compiled = run(configured(config_file, teacher, "compile=True", *options), family(), tmp_path / "compiled")
+    assert len(curve(tmp_path / "plain")) == 3
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
+    if family is LCM:  # three of its four passes are in networks without gradients
+        roles = compiled.objective.roles  # type: ignore[union-attr]
+        blocks = [*roles.teacher.blocks, *roles.target.blocks]
+        assert all(block._compiled_call_impl is not None for block in blocks)
+
+
 def test_another_familys_program_does_not_resume_it(config_file: Path, teacher: Path, tmp_path: Path) -> None:
     config = configured(config_file, teacher, "max_steps=1")
     run(config, LCM(), tmp_path / "run")
