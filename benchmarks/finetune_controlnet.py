@@ -35,6 +35,7 @@ from diffusion.process import keyed_integer
 from diffusion.training.control import ControlNet, side_by_side
 
 SIDE = 256
+SMALLEST = 7  # tenths of the side that a moved picture takes at least: the base never drew small things
 SHOWN = 12
 
 
@@ -50,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def box_of(number: int) -> tuple[int, int, int, int]:
-    """Where picture `number` stands: (left, top, right, bottom), 60 to 100 % of the side."""
-    side = SIDE * 6 // 10 + keyed_integer(0, "side", number, SIDE * 4 // 10 + 1)
+    """Where picture `number` stands: (left, top, right, bottom)."""
+    side = SIDE * SMALLEST // 10 + keyed_integer(0, "side", number, SIDE * (10 - SMALLEST) // 10 + 1)
     left, top = (keyed_integer(0, name, number, SIDE - side + 1) for name in ("left", "top"))
     return left, top, left + side, top + side
 
@@ -124,7 +125,11 @@ def main() -> None:
         work_dir / "checkpoints" / f"checkpoint-{args.steps}", pipeline.transformer, ema=True
     )
     silent = draw(edges["own edges"], 0.0)
-    result: dict[str, Any] = {"base": figures(gallery, rows, base)}
+    ceiling = [moved_back(moved(picture, row), row) for picture, row in zip(real, rows)]
+    result: dict[str, Any] = {
+        "base": figures(gallery, rows, base),
+        "real, moved and back": figures(gallery, rows, ceiling),
+    }
     pictures = {"base": base}
     for name, condition in edges.items():
         pictures[name] = draw(condition)

@@ -33,10 +33,10 @@ TRAINED = 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=150, help="optimiser steps of 12 pictures (default: %(default)s)")
+    add("--steps", type=int, default=400, help="optimiser steps of 12 pictures (default: %(default)s)")
     add("--batch_size", type=int, default=12, help="(default: %(default)s)")
     add("--learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
-    add("--scale", type=float, default=0.7, help="strength that the adapter is drawn with (default: %(default)s)")
+    add("--scale", type=float, default=0.8, help="strength that the adapter is drawn with (default: %(default)s)")
     add("--concepts", type=int, default=100, help="concepts that are judged (default: %(default)s)")
     add("--inference_steps", type=int, default=20, help="of the solver (default: %(default)s)")
     add("--data", default="data/emoji", help="captioned pictures, all of which are compared (default: %(default)s)")
