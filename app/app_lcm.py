@@ -3,7 +3,7 @@
     DEMO_PORT=12345 python app/app_lcm.py
     DEMO_PORT=12345 python app/app_lcm.py --is_lora --lora_repo_id output/loras/lcm
 
-Without such a model on this machine it begins as an ordinary page with the bundled one.
+Without such a model on this machine it draws with the bundled one and its LCM-LoRA.
 """
 
 from __future__ import annotations
