@@ -16,7 +16,7 @@ from tests.training.tiny_run import ROOT
 
 PAGES = ("README.md", "docs/finetuning.md", "docs/dreambooth.md")
 TEXT = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-DOORS = ("train_pixart_lora_hf.py", "train_dreambooth.py", "train_diffusers.py", "--lora ")
+DOORS = ("train_pixart_lora_hf.py", "train_dreambooth.py", "train_diffusers.py", "--lora output/lora")
 # What is appended to a command with this word in it: sizes that a CPU does in seconds.
 APPENDED = {
     "train_pixart_lora_hf.py": "--resolution=32 --train_batch_size=2 --max_train_steps=2 --mixed_precision=no "
@@ -25,7 +25,7 @@ APPENDED = {
     "depth=1 caption_channels=32 scale_factor=0.18215 validation.prompts=[] "
     "process.prediction_type=epsilon",
     "train_diffusers.py": "--cfg-options max_steps=2 image_size=32 data.root=STORE validation.num_inference_steps=2",
-    "--lora ": "--step 2 --device cpu",
+    "--lora output/lora": "--step 2 --device cpu",
 }
 BUNDLED = "output/pretrained_models/emoji-256"
 HUB = {"PixArt-alpha/PixArt-XL-2-1024-MS": str(ROOT / BUNDLED), "lambdalabs/naruto-blip-captions": "data/mine"}
@@ -43,7 +43,7 @@ def adjusted(command: str, parts: Path) -> str:
     for name, stand_in in HUB.items():
         command = command.replace(name, stand_in)
     word = next(door for door in DOORS if door in command)
-    if "--lora " in command:
+    if "--lora output/lora" in command:
         command += " --model_path PIPE --pipeline_load_from PIPE"
     if "train_dreambooth" in command:
         command = command.replace(" --rank", " --load-from PIPE --rank")
