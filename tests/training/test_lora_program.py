@@ -19,7 +19,7 @@ from diffusion.config.lora_cli import parse_lora_args
 from diffusion.errors import CheckpointError, ConfigError, DataError, PixArtError
 from diffusion.inference import PixArtPipeline
 from diffusion.training.lora_program import train_lora
-from tests.training.tiny_run import ROOT
+from tests.training.tiny_run import ROOT, curve
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,15 @@ def test_dora_with_an_int8_text_encoder(base: Path, pictures: Path, tmp_path: Pa
     train(base, pictures, tmp_path / "int8", "--base_dtype=int8", "--max_train_steps=1")
     manifest = json.loads((tmp_path / "int8/features/manifest.json").read_text())
     assert manifest["fingerprint"]["int8_text"] is True
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(base: Path, pictures: Path, tmp_path: Path) -> None:
+    train(base, pictures, tmp_path / "plain", "--max_train_steps=2")
+    train(base, pictures, tmp_path / "compiled", "--max_train_steps=2", "--compile")
+    assert json.loads((tmp_path / "compiled/config.json").read_text())["compile"] is True
+    assert list(curve(tmp_path / "plain")) == [2]
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), rel=1e-3)
 
 
 def test_no_effect_is_said(base: Path, pictures: Path, tmp_path: Path) -> None:
