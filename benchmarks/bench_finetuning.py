@@ -85,11 +85,8 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network, objective = build(name, config, device)
     network.train()
-    if args.compile:
-        roles = getattr(objective, "roles", None)
-        frozen = [getattr(objective, "teacher", None), *((roles.teacher, roles.target) if roles else ())]
-        for part in [network, *filter(None, frozen)]:
-            part.compile_blocks(dynamic=False)
+    if config.compile:
+        network.compile_blocks(dynamic=False)
     optimizer = build_optimizer(network, config, batch_of(args, size))
     batch = made_up_batch(args, config, size).to(device)
     count = len(batch.keys)
@@ -137,7 +134,10 @@ def build(name: str, config: Any, device: Any) -> tuple[Any, Any]:
     base = denoising_objective(config, None)
 
     def frozen() -> Any:
-        return copy.deepcopy(network).requires_grad_(False).eval()
+        twin = copy.deepcopy(network).requires_grad_(False).eval()
+        if config.compile:
+            twin.compile_blocks(dynamic=False)
+        return twin
 
     if name == "controlnet":
         return ControlPixArt(network, config.copy_blocks_num).to(device), ControlObjective(**vars(base))
@@ -174,6 +174,7 @@ def config_of(args: argparse.Namespace, keys: dict[str, Any], size: int) -> Any:
             "lewei_scale": size / 512,
             "mixed_precision": "bf16",
             "grad_checkpointing": not args.no_checkpointing,
+            "compile": args.compile,
             "class_dropout_prob": 0.0,
             "auto_lr": None,
             **shape,

@@ -22,6 +22,7 @@ from finetuning import PARTS, add_arguments, drawn, ensure_store, labels_of, ope
 from report import write_report
 
 from diffusion.adapters import merge, read_adapter_from, remove_adapters, write_layout
+from diffusion.config.sampling_cli import BUNDLED_LCM_LORA
 from diffusion.errors import run_cli
 from diffusion.evaluation.drawing import DrawingSettings
 from diffusion.evaluation.retrieval import load_gallery
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=300, help="optimiser steps of LCM (default: %(default)s)")
     add("--lora-steps", type=int, default=150, help="optimiser steps of LCM-LoRA (default: %(default)s)")
     add("--features", type=Path, default=Path("output/features/emoji-256"), help="feature store (default: %(default)s)")
-    add("--lora", type=Path, default=Path("output/pretrained_models/emoji-256-lcm-lora"), help="folder of the LoRA")
+    add("--lora", type=Path, default=Path(BUNDLED_LCM_LORA), help="folder of the LoRA")
     return parser
 
 

@@ -16,6 +16,7 @@ from diffusion.devices import choose_device, choose_dtype
 from diffusion.errors import CheckpointError, ConfigError
 from diffusion.inference.batch import load_pipeline
 from diffusion.inference.folders import published_file, published_pipeline
+from diffusion.inference.lora import fuse_into
 from diffusion.inference.memory import Workload, check_plan_name
 from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
@@ -165,7 +166,7 @@ def make_artist(args: argparse.Namespace, chosen: Chosen, settings: WebSettings,
     with torch.no_grad():
         preview = LatentPreview(pipeline.vae)  # before the parts move to a device
     if chosen.lora is not None:
-        pipeline.load_lora_weights(chosen.lora)
+        fuse_into(pipeline, [chosen.lora], [])
     if settings.compile:
         pipeline.transformer.compile_blocks()
     if settings.cpu_offload:

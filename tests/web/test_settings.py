@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from diffusion.checkpoints import load_transformer
 from diffusion.config.app_cli import app_parser, controlnet_app_parser, lcm_app_parser
 from diffusion.errors import ConfigError
-from diffusion.web.models import VARIANTS, choose, choose_lcm
+from diffusion.web.models import VARIANTS, choose, choose_lcm, make_artist
 from diffusion.web.server import listen, start_line
 from diffusion.web.settings import WebSettings, read_settings
 from tests.checkpoints.hub_server import running_hub
@@ -141,6 +142,16 @@ def test_lcm_begins_with_four_steps_only_where_the_model_is_distilled(
     (tmp_path / "PixArt-LCM-XL-2-1024-MS").mkdir()
     beginning = choose_lcm(args, VARIANTS["LCM"])[1]
     assert (beginning.solver, beginning.steps, beginning.guidance_scale) == ("lcm", 4, 1.0)
+
+
+def test_the_lora_of_a_model_is_fused_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.web.models.ROOT", tmp_path)
+    args = lcm_app_parser(None).parse_args(["--device", "cpu"])
+    chosen, _ = choose_lcm(args, VARIANTS["LCM"])
+    network = make_artist(args, chosen, settings(), few_steps=True).pipeline.transformer
+    base = load_transformer(chosen.model).state_dict()
+    assert network.state_dict().keys() == base.keys()  # a plain network, as every memory plan and step wants it
+    assert not torch.equal(network.state_dict()["blocks.0.mlp.fc1.weight"], base["blocks.0.mlp.fc1.weight"])
 
 
 def test_a_space_installs_what_the_package_asks_for() -> None:
