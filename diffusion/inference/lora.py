@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -20,15 +21,16 @@ from diffusion.adapters import (
 )
 from diffusion.errors import CheckpointError, PromptError
 from diffusion.inference.fp8 import is_quantized
+from diffusion.inference.memory import Residency
 
 _LOG = logging.getLogger(__name__)
 
 
 class LoraAdapters:
-    """Mixed into the pipeline: load, weigh, merge and remove adapters of `transformer`."""
+    """Mixed into the pipeline: load, weigh, merge and remove adapters of `transformer`, under a memory plan as well."""
 
     transformer: Any
-    memory_plan: Any
+    _residency: Residency | None
     _scales: dict[str, float]
 
     def load_lora_weights(
@@ -41,9 +43,10 @@ class LoraAdapters:
             adapter_name: for `set_adapters`; None = "default_0", "default_1", ...
             weight_name: of the file in a folder, when it has none of the usual names.
         Raises:
-            CheckpointError: no such adapter, or one of another model. PromptError: too late for it.
+            CheckpointError: no such adapter, or one of another model; nothing has changed then. PromptError: others are
+                fused, or the network is in FP8.
         """
-        self._require_open("load adapters")
+        self._refuse_fp8("load adapters")
         if is_merged(self.transformer):
             raise PromptError("adapters are fused; unfuse_lora() before another is loaded")
         adapter = read_adapter(source, weight_name)
@@ -51,9 +54,10 @@ class LoraAdapters:
         if not adapter.has_effect:
             _LOG.warning("LoRA %s changes nothing: its factors are zero, as before training", source)
         network = self.transformer
-        dtype, device = network.dtype, network.device
-        add_adapter(network, adapter, name)
-        network.to(device=device, dtype=dtype)
+        with self._changing():
+            dtype, device = network.dtype, network.device
+            add_adapter(network, adapter, name)
+            network.to(device=device, dtype=dtype)
         self.set_adapters([*self.get_list_adapters(), name], [*self._own_scales().values(), 1.0])
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
@@ -90,30 +94,35 @@ class LoraAdapters:
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Add the acting adapters to the weights, times `lora_scale`: drawing then costs what the base costs."""
-        self._require_open("fuse adapters")
+        self._refuse_fp8("fuse adapters")
         if not self._own_scales():
             raise PromptError("no adapter is loaded; load_lora_weights first")
         if is_merged(self.transformer):
             raise PromptError("adapters are fused already; unfuse_lora() first")
         set_scales(self.transformer, {name: scale * lora_scale for name, scale in self._own_scales().items()})
-        merge(self.transformer, self.get_list_adapters())
+        with self._changing():
+            merge(self.transformer, self.get_list_adapters())
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`, up to rounding."""
-        unmerge(self.transformer)
+        with self._changing():
+            unmerge(self.transformer)
         set_scales(self.transformer, self._own_scales())
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters; what was fused stays in the weights."""
-        remove_adapters(self.transformer)
+        with self._changing():
+            remove_adapters(self.transformer)
         self._scales = {}
 
     def _own_scales(self) -> dict[str, float]:
         return getattr(self, "_scales", {})
 
-    def _require_open(self, what: str) -> None:
-        if self.memory_plan is not None:
-            raise PromptError(f"{what} before the memory plan is set: the plan has put the weights into blocks")
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
+        """Around every change of layers or weights: a memory plan holds the weights in a block, and takes them anew."""
+        return contextlib.nullcontext() if self._residency is None else self._residency.changing("transformer")
+
+    def _refuse_fp8(self, what: str) -> None:
         if is_quantized(self.transformer):
             raise PromptError(f"{what} before the network is put into FP8; load the pipeline again")
 

@@ -5,9 +5,10 @@ Legend: P captions encoded at a time, L text tokens, N image tokens, D width of 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,11 +163,11 @@ class Residency:
     def __init__(self, plan: MemoryPlan, device: torch.device, parts: dict[str, Any]) -> None:
         """`parts`: text_encoder, transformer, vae and others, on the CPU; those that are None stay away."""
         self.plan, self.device = plan, device
+        self._parts = {name: part for name, part in parts.items() if part is not None}
         self._visitors: dict[str, WholeVisitor | StreamingVisitor] = {}
         self._present: set[str] = set()
-        for name, part in parts.items():
-            if part is not None:
-                self._visitors[name] = self._visitor(name, part)
+        for name, part in self._parts.items():
+            self._visitors[name] = self._visitor(name, part)
 
     def bring(self, name: str) -> None:
         """Have a part on the device; those that the plan does not keep beside it leave first."""
@@ -190,7 +191,25 @@ class Residency:
         """Release a part and keep no memory of it."""
         self.release({name} & self._present)
         self._visitors.pop(name, None)
+        self._parts.pop(name, None)
         gc.collect()  # a streamed part and its visitor refer to each other
+
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Within this context layers and weights of a part may change; after it, and after an error in it, the plan
+        holds the part as it then is.
+
+        The part is away from the device meanwhile. Not for the text encoder, whose blocks carry hooks of their visitor.
+        """
+        assert name != "text_encoder", "the text encoder's blocks carry hooks of their visitor"
+        self.release({name} & self._present)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # no copy may still read the host's block, which is given up
+        self._visitors.pop(name, None)
+        try:
+            yield
+        finally:
+            self._visitors[name] = self._visitor(name, self._parts[name])
 
     def _visitor(self, name: str, part: Any) -> WholeVisitor | StreamingVisitor:
         if name != "text_encoder":

@@ -26,7 +26,8 @@ class Loras:
         """Have the pipeline draw with one adapter, or with none; returns what recipes say about it.
 
         Raises:
-            PromptError: no such adapter, or a pipeline that takes none. CheckpointError: it does not fit.
+            PromptError: no such adapter, or a pipeline that takes none. CheckpointError: it does not fit; the pipeline
+                then draws with none.
         """
         if name is None or scale == 0:
             self._unload(pipeline)
@@ -38,7 +39,11 @@ class Loras:
             raise PromptError("this version draws without LoRA adapters; choose none")
         if self._applied != name:
             self._unload(pipeline)
-            pipeline.load_lora_weights(str(found[name]), adapter_name="page")
+            try:
+                pipeline.load_lora_weights(str(found[name]), adapter_name="page")
+            except Exception:
+                pipeline.unload_lora_weights()  # some layers may hold it already
+                raise
             self._applied = name
         pipeline.set_adapters(["page"], [scale])
         return {"lora": name, "lora_scale": scale}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from torch import Tensor
 from diffusion.adapters import COMFYUI_WEIGHTS, adapter_parameters, read_adapter_from, start_lora, write_adapter
 from diffusion.checkpoints import save_transformer
 from diffusion.errors import CheckpointError, PromptError
-from diffusion.inference import PixArtPipeline, make_scheduler
+from diffusion.inference import PixArtPipeline, make_scheduler, memory
 from diffusion.inference.recipe import read_recipe
 from diffusion.models import PixArt
 from diffusion.models.cpu_linear import use_onednn
 from tests.doors import Door
+from tests.inference.tiny_pipeline import WholeVisitorInBlocks, load_quietly, write_tiny_adapter
 from tests.tiny import write_tiny_pipeline_parts
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,9 @@ def pipe(folder: Path) -> PixArtPipeline:
     return made
 
 
-def draw(pipe: PixArtPipeline) -> Tensor:
-    return pipe("a red apple", seed=0, num_inference_steps=2, output_type="latent").images
+def draw(pipe: PixArtPipeline, **given: Any) -> Tensor:
+    given = given or {"prompt": "a red apple"}
+    return pipe(**given, seed=0, num_inference_steps=2, output_type="latent").images
 
 
 def assert_same(first: Tensor, second: Tensor) -> None:
@@ -72,6 +78,84 @@ def test_load_weigh_fuse_and_unload(pipe: PixArtPipeline, folder: Path) -> None:
     pipe.unload_lora_weights()
     assert_same(draw(pipe), base)
     assert pipe.get_list_adapters() == []
+
+
+CHANGES: dict[str, Any] = {
+    "loaded": lambda pipe, adapter: pipe.load_lora_weights(adapter, "style"),
+    "weaker": lambda pipe, adapter: pipe.set_adapters("style", 0.5),
+    "fused": lambda pipe, adapter: pipe.fuse_lora(),
+    "unfused": lambda pipe, adapter: pipe.unfuse_lora(),
+    "removed": lambda pipe, adapter: pipe.unload_lora_weights(),
+    "loaded again": lambda pipe, adapter: pipe.load_lora_weights(adapter),
+    "fused again": lambda pipe, adapter: pipe.fuse_lora(2.0),
+    "fused for good": lambda pipe, adapter: pipe.unload_lora_weights(),
+}
+
+
+@pytest.mark.parametrize("plan", ["full", "4gb"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_memory_plan_draws_the_same_bits_at_every_change_of_adapters(
+    folder: Path, plan: str, device: str, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_blocks:
+        monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+    planned, free = load_quietly(folder / "pipe"), load_quietly(folder / "pipe")
+    planned.set_memory_plan(plan, device)
+    drawn = {}
+    for name, change in CHANGES.items():
+        change(planned, folder / "lora")
+        change(free.to("cpu"), folder / "lora")  # where a plan has the network changed
+        drawn[name] = draw(planned)
+        assert torch.equal(drawn[name], draw(free.to(device))), name
+    assert (drawn["fused for good"] - drawn["removed"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_the_base_comes_back_bit_for_bit_under_a_memory_plan(
+    folder: Path, tmp_path: Path, device: str, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_blocks:
+        monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = load_quietly(folder / "pipe", torch_dtype=dtype)
+        pipe.set_memory_plan("full", device)
+        base = draw(pipe)
+        pipe.load_lora_weights(folder / "lora")
+        assert not torch.equal(draw(pipe), base)
+        pipe.unload_lora_weights()
+        assert torch.equal(draw(pipe), base)
+        with pytest.raises(CheckpointError, match="was made for another model"):
+            pipe.load_lora_weights(write_tiny_adapter(tmp_path, hidden_size=64))
+        assert torch.equal(draw(pipe), base) and pipe.get_list_adapters() == []
+
+
+@CUDA
+def test_graphs_follow_the_adapters_under_a_memory_plan(folder: Path) -> None:
+    graphs, loops = (load_quietly(folder / "pipe", torch_dtype=torch.bfloat16) for _ in range(2))
+    for pipe in (graphs, loops):
+        pipe.set_memory_plan("full", "cuda")
+        pipe.enable_fast_sampling(graph=pipe is graphs, compile=False)
+    embeds, mask = loops.encode_captions(["a red apple"])
+    given = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0}  # T5 stays away
+    for name, change in {"base": lambda *_: None, **CHANGES}.items():
+        change(graphs, folder / "lora")
+        change(loops, folder / "lora")
+        expected = draw(loops, **given)
+        assert all(torch.equal(draw(graphs, **given), expected) for _ in range(3)), name
+    assert graphs._fast is not None and graphs._fast.solver_graphs.num_recorded >= 1
+
+
+@CUDA
+def test_adapters_come_and_go_under_the_offloading_of_diffusers(folder: Path) -> None:
+    offloaded, free = load_quietly(folder / "pipe"), load_quietly(folder / "pipe")
+    offloaded.enable_model_cpu_offload()
+    for name, change in CHANGES.items():
+        change(offloaded, folder / "lora")
+        change(free.to("cpu"), folder / "lora")
+        assert torch.equal(draw(offloaded), draw(free.to("cuda"))), name
+        assert offloaded.transformer.device.type == "cpu"
 
 
 def test_layers_are_of_the_kind_they_were_when_adapters_go(pipe: PixArtPipeline, folder: Path) -> None:
@@ -113,8 +197,8 @@ def test_mistakes(pipe: PixArtPipeline, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"unfuse_lora\(\) before"):
         pipe.set_adapters("style", 0.5)
     pipe.unload_lora_weights()
-    pipe.set_memory_plan("full", "cpu")
-    with pytest.raises(PromptError, match=r"load adapters before the memory plan is set"):
+    pipe.enable_fast_sampling(fp8=True)
+    with pytest.raises(PromptError, match=r"load adapters before the network is put into FP8"):
         pipe.load_lora_weights(folder / "lora")
 
 

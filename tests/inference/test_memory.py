@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -12,14 +13,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
+from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from diffusion.errors import PromptError
 from diffusion.images import decode_image, decode_latents, encode_moments, load_vae, resize_and_crop, to_tensor
 from diffusion.inference import memory
-from diffusion.inference.memory import PLANS, Workload, choose_plan, expected_peak, tile_vae
+from diffusion.inference.memory import PLANS, Residency, Workload, choose_plan, expected_peak, tile_vae
 from diffusion.models import build_model
-from tests.inference.tiny_pipeline import load_quietly
+from tests.inference.tiny_pipeline import WholeVisitorInBlocks, load_quietly
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -73,6 +75,37 @@ def test_int8_stays_near_and_is_smaller(pipeline_folder: Path) -> None:
     assert 0 < ((embeds - expected).norm() / expected.norm()).item() < 0.02
     after = sum(tensor.nbytes for tensor in pipe.text_encoder.state_dict().values())
     assert after < before - 2.5 * sum(module.weight.numel() for module in linears)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_may_change_while_it_is_away(device: str, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+    part, place = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.device(device)
+    residency = Residency(PLANS["full"], place, {"transformer": part, "vae": nn.Linear(3, 3), "text_encoder": None})
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    residency.bring("vae")
+    residency.bring("transformer")
+    end: Any = pytest.raises(ValueError, match="in the middle") if fails else contextlib.nullcontext()
+    with end, residency.changing("transformer"):
+        assert residency._present == {"vae"} and part[0].weight.device.type == "cpu"
+        part[0].weight.data = torch.full((3, 3), 2.0)
+        part[1] = nn.Linear(3, 1)
+        if fails:
+            raise ValueError("in the middle")
+    changed = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    assert changed["0.weight"].eq(2).all() and changed["1.weight"].shape == (1, 3)
+    for move, where, present in (
+        (lambda: residency.bring("transformer"), device, {"transformer", "vae"}),
+        (residency.release, "cpu", set()),
+    ):
+        move()
+        assert residency._present == present
+        for name, tensor in part.state_dict().items():
+            assert tensor.device.type == where and torch.equal(tensor.cpu(), changed[name])
+    assert device == "cpu" or torch.cuda.memory_allocated() == held
+    residency.forget("transformer")
+    assert "transformer" not in residency._parts
 
 
 def full_size_parts() -> Any:

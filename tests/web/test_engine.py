@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from diffusion.adapters import DIFFUSERS_WEIGHTS
 from diffusion.errors import PromptError
 from diffusion.images import decode_image
 from diffusion.inference.recipe import read_recipe
@@ -19,6 +21,8 @@ from diffusion.web.asking import Asked
 from diffusion.web.engine import Engine
 from diffusion.web.jobs import FINAL, Job, Progress
 from diffusion.web.settings import Limits
+from tests.inference.test_control import DEPTH
+from tests.inference.tiny_pipeline import write_tiny_adapter
 from tests.web.serving import make_engine
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
@@ -274,36 +278,98 @@ def test_only_the_newest_pictures_stay(tiny_model: Path, tmp_path: Path) -> None
     assert [path.exists() for path in done.paths] == [False, True, True]
 
 
-def test_loras_are_offered_by_name_and_need_a_pipeline_that_takes_them(engine: Engine, tmp_path: Path) -> None:
-    folder = tmp_path / "loras"
-    (folder / "watercolour").mkdir(parents=True)
-    (folder / "watercolour/pytorch_lora_weights.safetensors").touch()
-    (folder / "pencil.safetensors").touch()
-    loras = engine.artist.loras
-    assert loras.names() == ["pencil", "watercolour"]
+@pytest.fixture
+def loras(tmp_path: Path) -> Path:
+    """The folder that `engine` offers: two LoRAs of its model, one of a wider network, one that is damaged within."""
+    folder, made = tmp_path / "loras", tmp_path / "made"
+    folder.mkdir()
+    write_tiny_adapter(made, depth=DEPTH).rename(folder / "pencil.safetensors")
+    write_tiny_adapter(folder / "watercolour", seed=1, depth=DEPTH)
+    write_tiny_adapter(made, depth=DEPTH, hidden_size=64).rename(folder / "wider.safetensors")
+    write_tiny_adapter(made, depth=DEPTH, use_dora=True)
+    tensors = load_file(made / DIFFUSERS_WEIGHTS)
+    last = next(name for name in tensors if name.startswith("transformer.proj_out") and "magnitude" in name)
+    save_file({**tensors, last: tensors[last][:-1]}, folder / "damaged.safetensors")
+    return folder
 
-    class Takes:
-        def __init__(self) -> None:
-            self.calls: list[Any] = []
 
-        def load_lora_weights(self, path: str, adapter_name: str) -> None:
-            self.calls.append(Path(path).name)
+class Drawing:
+    """Asks an engine for the same picture again and again, with and without a LoRA."""
 
-        def set_adapters(self, names: list[str], weights: list[float]) -> None:
-            self.calls.append(weights[0])
+    def __init__(self, engine: Engine) -> None:
+        self.client = Client(engine)
 
-        def unload_lora_weights(self) -> None:
-            self.calls.append("unload")
+    def __call__(self, **asked: Any) -> tuple[bytes, dict[str, Any]]:
+        """Its pixels, and what its recipe says of a LoRA."""
+        self.client.ask(seed=7, **asked)
+        done = self.client.end()
+        assert done.stage == "done", done.message
+        said = {name: value for name, value in read_recipe(done.paths[0]).items() if name.startswith("lora")}
+        return decode_image(done.paths[0]).tobytes(), said
 
-    pipeline = Takes()
-    assert loras.apply(pipeline, "pencil", 0.5) == {"lora": "pencil", "lora_scale": 0.5}
-    loras.apply(pipeline, "pencil", 0.7)
-    loras.apply(pipeline, "watercolour", 1.0)
-    assert loras.apply(pipeline, None, 1.0) == {}
-    assert pipeline.calls == ["pencil.safetensors", 0.5, 0.7, "unload", "watercolour", 1.0, "unload"]
-    with pytest.raises(PromptError, match="charcoal"):
-        loras.apply(pipeline, "charcoal", 1.0)
-    with pytest.raises(PromptError, match=r"\.\./pencil"):
-        loras.apply(pipeline, "../pencil", 1.0)
+    def refused(self, **asked: Any) -> str:
+        self.client.ask(seed=7, **asked)
+        done = self.client.end()
+        assert done.stage == "failed" and not done.paths
+        return done.message
+
+
+def test_a_chosen_lora_draws_and_without_it_the_base_draws_bit_for_bit(engine: Engine, loras: Path) -> None:
+    engine.start()
+    draw = Drawing(engine)
+    base = draw()
+    assert base[1] == {}
+    pencil, said = draw(lora="pencil")
+    assert said == {"lora": "pencil", "lora_scale": 1.0}
+    assert draw() == base
+    half, said = draw(lora="pencil", lora_scale=0.5)
+    assert said == {"lora": "pencil", "lora_scale": 0.5}
+    assert draw(lora="pencil")[0] == pencil
+    watercolour, said = draw(lora="watercolour")
+    assert said == {"lora": "watercolour", "lora_scale": 1.0}
+    assert len({base[0], pencil, half, watercolour}) == 4
+    assert draw(lora="watercolour", lora_scale=0.0) == base
+    edges = {"mode": "edges", "control_image": Image.new("RGB", (64, 64), "white")}
+    assert len({draw(**edges)[0], draw(**edges, lora="pencil")[0], pencil, base[0]}) == 4
+    assert draw() == base
+
+
+def test_a_lora_that_does_not_fit_is_refused_and_the_page_draws_as_before(engine: Engine, loras: Path) -> None:
+    assert engine.artist.loras.names() == ["damaged", "pencil", "watercolour", "wider"]
+    engine.start()
+    artist, draw = engine.artist, Drawing(engine)
+    base, pencil = draw(), draw(lora="pencil")
+    message = draw.refused(lora="wider")
+    assert "wider.safetensors was made for another model than this one of width 48" in message
+    assert "layers of another size: " in message
+    assert draw() == base
+    assert "'charcoal' is not in " in draw.refused(lora="charcoal")
+    assert "'../pencil' is not in " in draw.refused(lora="../pencil")
+    assert draw(lora="pencil") == pencil
+    (loras / "pencil.safetensors").rename(loras / "charcoal.safetensors")
+    (loras / "watercolour" / DIFFUSERS_WEIGHTS).write_bytes(b"")
+    assert "is no readable safetensors file" in draw.refused(lora="watercolour")
+    assert draw() == base
+    assert draw(lora="charcoal")[0] == pencil[0]
+    assert engine.artist is artist  # the pipeline was never loaded again
+
+
+def test_a_lora_that_fails_half_way_leaves_nothing_behind(engine: Engine, loras: Path) -> None:
+    artist, asked = engine.artist, Asked("red apple", **SMALL)
+    pipeline, network = artist.pipeline, artist.pipeline.transformer
+
+    def draw() -> bytes:
+        job = Job(asked, "me", "me", lambda _: None)
+        artist.draw(job)
+        return decode_image(job.paths[0]).tobytes()
+
+    base, layers = draw(), {name: type(module) for name, module in network.named_modules()}
+    with pytest.raises(RuntimeError):
+        artist.loras.apply(pipeline, "damaged", 1.0)
+    assert {name: type(module) for name, module in network.named_modules()} == layers
+    assert draw() == base
+    artist.loras.apply(pipeline, "pencil", 1.0)
+    artist.loras.apply(pipeline, None, 1.0)
+    assert draw() == base
     with pytest.raises(PromptError, match="without LoRA"):
-        loras.apply(object(), "pencil", 1.0)
+        artist.loras.apply(object(), "pencil", 1.0)
