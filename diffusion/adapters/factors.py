@@ -108,6 +108,8 @@ def require_base(adapter: Adapter, network: PixArt) -> None:
         given = (factors.up.shape[0], *factors.down.shape[1:])
         if name in shapes and given != shapes[name]:
             sizes.append(f"{name} (adapter {given}, model {shapes[name]})")
+        elif name in shapes and factors.magnitude is not None and factors.magnitude.shape != shapes[name][:1]:
+            sizes.append(f"{name} (adapter {tuple(factors.magnitude.shape)} magnitudes, model {shapes[name]})")
     config = network.config
     kind = adapter.prediction_type or config.prediction_type  # files of others do not say
     if not unknown and not sizes and kind == config.prediction_type:

@@ -26,8 +26,8 @@ class Loras:
         """Have the pipeline draw with one adapter, or with none; returns what recipes say about it.
 
         Raises:
-            PromptError: no such adapter, or a pipeline that takes none. CheckpointError: it does not fit; the pipeline
-                then draws with none.
+            PromptError: no such adapter, or a network in FP8. CheckpointError: it does not fit; the pipeline then draws
+                with none.
         """
         if name is None or scale == 0:
             self._unload(pipeline)
@@ -35,8 +35,6 @@ class Loras:
         found = self._found()
         if name not in found:
             raise PromptError(f"LoRA {name[:60]!r} is not in {self.folder}; {did_you_mean(name[:60], found)}")
-        if not hasattr(pipeline, "load_lora_weights"):
-            raise PromptError("this version draws without LoRA adapters; choose none")
         if self._applied != name:
             self._unload(pipeline)
             try:

@@ -18,7 +18,6 @@ from diffusion.inference.batch import load_pipeline
 from diffusion.inference.folders import published_file, published_pipeline
 from diffusion.inference.lora import fuse_into
 from diffusion.inference.memory import Workload, check_plan_name
-from diffusion.inference.pipeline import PixArtPipeline
 from diffusion.inference.previews import LatentPreview
 from diffusion.web.artist import Artist
 from diffusion.web.loras import Loras
@@ -110,17 +109,11 @@ def _from_hub(find: Callable[..., Path | None], name: str, fetch: bool) -> tuple
 
 
 def choose_lcm(args: argparse.Namespace, variant: Variant, *, fetch: bool = False) -> tuple[Chosen, Variant]:
-    """As `choose`, for app/app_lcm.py: a distilled model, or with --is_lora an ordinary one and an LCM-LoRA.
-
-    Raises:
-        ConfigError: --is_lora with a version that takes no LoRA.
-    """
+    """As `choose`, for app/app_lcm.py: a distilled model, or with --is_lora an ordinary one and an LCM-LoRA."""
     if args.repo_id is not None:
         args.model_path = args.repo_id
     if not args.is_lora:
         return choose(args, variant, fetch=fetch)
-    if not hasattr(PixArtPipeline, "load_lora_weights"):
-        raise ConfigError("--is_lora: this version draws without LoRA adapters; use a distilled model (--repo_id)")
     chosen, _ = choose(args, replace(variant, models=VARIANTS["1024"].models), fetch=fetch)
     return replace(chosen, lora=args.lora_repo_id), variant
 
