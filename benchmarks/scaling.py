@@ -200,6 +200,8 @@ def saving_part(args: argparse.Namespace, ranks: Any) -> dict[str, Any]:
         del trainer
         free_memory(ranks.device)
         rows.append({"processes": ranks.world_size, "strategy": strategy, "gb": round(num_bytes / 1e9, 3), **figures})
+        if ranks.is_main:
+            print(json.dumps(rows[-1]), flush=True)
         ranks.barrier()
         if ranks.is_main:
             shutil.rmtree(work_dir)

@@ -21,7 +21,7 @@ HOST = Host(
     fitting={256: 64, 512: 24, 1024: 6},
     bus_gb_s=300.0,
     drag=0.1,
-    spread=0.01,
+    spread_s=0.004,
     wait_s=0.3,
     write_s=10.0,
     first_step_s=20.0,
@@ -32,10 +32,11 @@ def figures() -> dict[str, Any]:
     """What scaling.py would have written on a host that is exactly `HOST`."""
     rows = []
     for px, batch in HOST.fitting.items():
-        common = {"px": px, "strategy": "ddp", "spread": HOST.spread}
+        common = {"px": px, "strategy": "ddp"}
         for samples in (batch, batch // 4):
             seconds = HOST.fixed_s[px] + samples * HOST.image_s[px]
-            rows.append({**common, "processes": 1, "batch": samples, "ms_a_step": 1000 * seconds})
+            spread = HOST.spread_s / seconds
+            rows.append({**common, "processes": 1, "batch": samples, "ms_a_step": 1000 * seconds, "spread": spread})
         whole = HOST.fixed_s[px] + batch * HOST.image_s[px]
         slower = whole + HOST.drag * 2 * 7 / 8 * 2.443424384 / HOST.bus_gb_s
         rows.append({**common, "processes": 8, "batch": batch, "ms_a_step": 1000 * slower})
@@ -50,7 +51,9 @@ def test_a_host_is_found_in_its_measurements() -> None:
         assert found.fixed_s[px] == pytest.approx(HOST.fixed_s[px])
         assert found.image_s[px] == pytest.approx(HOST.image_s[px])
     assert found.drag == pytest.approx(HOST.drag, rel=1e-6)
-    assert replace(found, fixed_s=HOST.fixed_s, image_s=HOST.image_s, drag=HOST.drag) == HOST
+    assert found.spread_s == pytest.approx(HOST.spread_s)
+    known = {"fixed_s": HOST.fixed_s, "image_s": HOST.image_s, "drag": HOST.drag, "spread_s": HOST.spread_s}
+    assert replace(found, **known) == HOST
 
 
 def test_slower_gpus_are_no_drag() -> None:
@@ -59,7 +62,7 @@ def test_slower_gpus_are_no_drag() -> None:
         if row["processes"] == 8:
             row["ms_a_step"] *= 1.05
     apart = [
-        {"px": px, "strategy": "apart", "spread": 0.01, "processes": 8, "batch": batch,
+        {"px": px, "strategy": "apart", "processes": 8, "batch": batch,
          "ms_a_step": 1.05 * 1000 * (HOST.fixed_s[px] + batch * HOST.image_s[px])}
         for px, batch in HOST.fitting.items()
     ]  # fmt: skip
@@ -68,10 +71,13 @@ def test_slower_gpus_are_no_drag() -> None:
 
 
 def test_a_step_is_its_arithmetic_where_nothing_is_in_the_way() -> None:
-    ideal = replace(HOST, drag=0.0, spread=0.0)
+    ideal = replace(HOST, drag=0.0, spread_s=0.0)
     fast = Assumptions(network_gb_s=1e6, hop_latency_us=0.0)
     assert step_s(ideal, fast, 1024, 256, 64) == pytest.approx(0.01 + 64 * 0.003)
     assert step_s(ideal, fast, 1024, 256, 128) == pytest.approx(2 * (0.01 + 64 * 0.003))  # accumulated
+    jittery = replace(ideal, spread_s=0.002)
+    later = [step_s(jittery, fast, gpus, 256, 64) - step_s(ideal, fast, gpus, 256, 64) for gpus in (8, 64, 1024)]
+    assert later[0] == 0 and 0.001 < later[1] < later[2] < 0.006
     slow = Assumptions(network_gb_s=0.1, hop_latency_us=0.0)
     expected = 0.01 + 0.003 + all_reduce_s(ideal, slow, 64) - 2 / 3 * (0.01 + 0.003)  # waits for all that is not hidden
     assert step_s(ideal, slow, 64, 256, 1) == pytest.approx(expected)

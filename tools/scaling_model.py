@@ -62,8 +62,9 @@ class Host:
     """What was measured on one host.
 
     fixed_s, image_s: a step of one GPU takes fixed_s + image_s a sample, by px. fitting: samples that were on a GPU at
-    once. bus_gb_s: of an all-reduce among `gpus`. drag: seconds that a second of hidden communication costs. spread:
-    standard deviation of a step over its mean. wait_s, write_s, first_step_s: of a save, and of a start from it.
+    once. bus_gb_s: of an all-reduce among `gpus`. drag: seconds that a second of hidden communication costs. spread_s:
+    standard deviation of a step, which hardly depends on the batch. wait_s, write_s, first_step_s: of a save, and of a
+    start from it.
     """
 
     gpus: int
@@ -72,7 +73,7 @@ class Host:
     fitting: dict[int, int]
     bus_gb_s: float
     drag: float
-    spread: float
+    spread_s: float
     wait_s: float
     write_s: float
     first_step_s: float
@@ -105,7 +106,7 @@ class Host:
             fitting,
             link["bus_gb_s"],
             statistics.median(drags),
-            max(row["spread"] for row in rows if row["processes"] == 1),
+            statistics.median(row["spread"] * row["ms_a_step"] / 1000 for row in rows if row["processes"] == 1),
             save["wait_s"],
             save["on_disk_after_s"],
             save["first_step_after_s"],
@@ -137,7 +138,7 @@ def step_s(host: Host, assumed: Assumptions, gpus: int, px: int, batch: int) -> 
     hidden_by, talking = BACKWARD_SHARE * micro, all_reduce_s(host, assumed, gpus)
     exposed = host.drag * min(talking, hidden_by) + max(0.0, talking - hidden_by)
     slowest = math.sqrt(2 * math.log(gpus)) - math.sqrt(2 * math.log(max(host.gpus, 2)))
-    return parts * micro + exposed + max(0.0, slowest) * host.spread * micro
+    return parts * micro + exposed + max(0.0, slowest) * host.spread_s
 
 
 def share_lost(host: Host, assumed: Assumptions, gpus: int) -> tuple[float, float]:
@@ -204,10 +205,11 @@ GPU its share. The first is taken to last as long as NCCL's all-reduce at its me
 follows from an assumed one. While the backward pass (two thirds of a step) hides this, it slows the step by the
 measured drag: what DDP added on the host to a step of all GPUs "apart" (at once, without communication), for each
 second of communication. What the backward pass cannot hide is waited for. All wait for the slowest GPU, by the
-measured spread of steps. Saves are as far apart as costs least (Young: the root of twice the wait of a save times the
-time between failures); a failure costs half of that, its detection, and a start, whose last part is measured. Batches
-and steps are those of the paper's stages; where a GPU would have less than one sample the global batch grows and the
-steps become fewer in proportion, which the paper did not try. Stage 1 (a DiT) is counted as a PixArt of the same size.
+measured spread of steps (the median standard deviation of one GPU's rows). Saves are as far apart as costs least
+(Young: the root of twice the wait of a save times the time between failures); a failure costs half of that, its
+detection, and a start, whose last part is measured. Batches and steps are those of the paper's stages; where a GPU
+would have less than one sample the global batch grows and the steps become fewer in proportion, which the paper did
+not try. Stage 1 (a DiT) is counted as a PixArt of the same size.
 
 Not in it: the file system, which has to feed all hosts (about 0.5 MB of features a sample at 256 px), networks whose
 bandwidth shrinks with distance, and hosts that fail together.
@@ -224,13 +226,14 @@ def page(figures: dict[str, Any] | None, assumed: Assumptions) -> str:
     commands = ", ".join(f"`python {command}`" for command in dict.fromkeys(figures["commands"].values()))
     names = ["processes", "strategy", "px", "batch", "images_per_s", "scaling", "communication_share"]
     names += ["exposed_communication_share", "peak_gib"]
-    parts = [METHOD, f"## Measured\n\n{figures['device']}; {commands}\n", table(figures["training"], names)]
+    note = f"\n{figures['note']}.\n" if figures.get("note") else ""
+    parts = [METHOD, f"## Measured\n\n{figures['device']}; {commands}\n{note}", table(figures["training"], names)]
     parts += [table(figures[section]) for section in ("all_reduce", "saving", "sampling") if figures.get(section)]
     values = [{"assumption": text, "value": getattr(assumed, name)} for name, text in assumed.HELP.items()]
     parts.append(
         f"## Reckoned, not run\n\nFrom {host.gpus} GPUs of one host: drag {host.drag:.2f}, spread of steps "
-        f"{host.spread:.1%}. A save every {share_lost(host, assumed, 1024)[1] / 60:.0f} minutes on 1,024 GPUs, every "
-        f"{share_lost(host, assumed, 64)[1] / 60:.0f} on 64.\n"
+        f"{1000 * host.spread_s:.1f} ms. A save every {share_lost(host, assumed, 1024)[1] / 60:.0f} minutes on 1,024 "
+        f"GPUs, every {share_lost(host, assumed, 64)[1] / 60:.0f} on 64.\n"
     )
     rows = reckoned(host, assumed)
     return "\n".join([*parts, table(values), table(rows) if rows else "No size of a stage was measured.\n"])
