@@ -69,10 +69,10 @@ TASKS = {
     "finetuning-kept": Task(
         f"{_BENCH}/bench_finetuning.py --no_checkpointing --output {_BENCH}/results/finetuning_kept.json", 130
     ),
-    "finetuning-compiled": Task(
-        f"{_BENCH}/bench_finetuning.py --no_checkpointing --compile --batch_size 32 "
-        f"--output {_BENCH}/results/finetuning_compiled.json",
-        500,
+    "finetuning-fast": Task(
+        f"{_BENCH}/bench_finetuning.py --no_checkpointing --compile --cuda_graph "
+        f"--output {_BENCH}/results/finetuning_fast.json",
+        250,
     ),
     "lcm": Task(f"{_BENCH}/finetune_lcm.py", 300),
     "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 400),

@@ -176,7 +176,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         "bench_finetuning",
         "finetuning",
         "finetuning_kept",
-        "finetuning_compiled",
+        "finetuning_fast",
         enough=any,
     ),
     **{

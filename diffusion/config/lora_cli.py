@@ -98,6 +98,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimiser step")
     add("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--compile", action="store_true", help="torch.compile the blocks: faster steps after a slow start")
+    add("--cuda_graph", action="store_true", help="launch each pass as one recording: several times as fast on a GPU")
     add("--learning_rate", type=float, default=1e-6, help="as in the original, too low for most data: try 1e-4")
     add("--scale_lr", action="store_true", help="multiply the learning rate by batch, accumulation and processes")
     add(

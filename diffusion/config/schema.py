@@ -148,6 +148,11 @@ class OptimisationFields(Section):
     compile: bool = Field(
         default=False, description="torch.compile the blocks: faster after a slow start; needs a compiler or Triton."
     )
+    cuda_graph: bool = Field(
+        default=False,
+        description="Record each pass on a GPU and launch it as one: small batches are then several times as fast; one "
+        "process.",
+    )
     deterministic: bool = Field(
         default=False,
         description="GPU kernels that add in one order alone, so that a run can be repeated bit for bit there; slower.",

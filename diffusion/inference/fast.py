@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from diffusion.adapters import adapter_names
 from diffusion.errors import PromptError
+from diffusion.graphs import GraphCache, Work, addresses
 from diffusion.inference.fp8 import has_fp8_products, quantize_network
-from diffusion.inference.graphs import GraphCache, Work, addresses
 from diffusion.inference.shortcuts import Shortcuts
 from diffusion.models.kernels import Kernels, use_kernels
 

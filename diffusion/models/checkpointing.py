@@ -34,11 +34,12 @@ def recompute(block: nn.Module, *arguments: Any, selective: bool = False) -> Ten
     Args:
         selective: keep the outputs of matrix products and attention.
     """
+    # Blocks draw no random numbers; reading the generator's state is not possible while a CUDA graph is recorded.
     if not selective:
-        output: Tensor = checkpoint(block, *arguments, use_reentrant=False)
+        output: Tensor = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return output
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    output = checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+    output = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return output
 
 

@@ -5,7 +5,7 @@ L_simple: DDPM Eq. 14 (arXiv:2006.11239).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion.models import pad_captions
 from diffusion.objectives.captions import drop_captions
-from diffusion.objectives.levers import Alignment, Routing, silent, watch_blocks
+from diffusion.objectives.levers import Alignment, Routing, is_on, silent, watch_blocks
 from diffusion.objectives.targets import prediction_mse, variance_bound
 from diffusion.process import (
     GaussianProcess,
@@ -54,6 +54,10 @@ class Objective(Protocol):
 
     def for_validation(self) -> Objective:
         """The objective as the validation loss takes it."""
+
+    def choices(self, batch: LatentBatch) -> Hashable | None:
+        """What the host decides about the loss of a batch: batches of equal choices and shapes are the same work on
+        other numbers, which a CUDA graph can repeat. None = they are not."""
 
 
 def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
@@ -152,6 +156,10 @@ class DenoisingObjective:
         """The same loss without caption dropout and with uniform timesteps, so that runs can be compared."""
         off: dict[str, Any] = {"logit_normal": None, "noise_offset": 0.0, "routing": None, "alignment": None}
         return replace(self, class_dropout_prob=0.0, **off)
+
+    def choices(self, batch: LatentBatch) -> Hashable | None:
+        """Levers end at a sample number."""
+        return is_on(self.routing, batch), is_on(self.alignment, batch)
 
     def terms(
         self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, timesteps: Tensor, noise: Tensor

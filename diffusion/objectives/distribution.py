@@ -7,7 +7,7 @@ real distribution) and a copy that learns what the generator draws (the fake one
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -89,6 +89,10 @@ class DistributionMatching(DenoisingObjective):
     def for_validation(self) -> DistributionMatching:
         """The same loss without caption dropout."""
         return replace(self, class_dropout_prob=0.0)
+
+    def choices(self, batch: Any) -> Hashable | None:
+        """The noise of pairs is made from names, on the host."""
+        return None if self.regression_weight > 0 else super().choices(batch)
 
     def loss(self, model: nn.Module, batch: Any, seed: int) -> LossOutput:
         """One pass of each trained network with gradients; see `DenoisingObjective.loss` for the draws."""

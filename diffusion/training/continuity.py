@@ -21,8 +21,8 @@ _HARMLESS = (
     "pipeline_load_from", "data_root", "data.root", "num_workers",
     "log_interval", "save_model_epochs", "save_model_steps", "checkpoints_total_limit", "checkpoints_keep_every",
     "save_async", "max_failed_saves", "eval_sampling_steps", "validation", "train_batch_size",
-    "gradient_accumulation_steps", "grad_checkpointing", "grad_checkpointing_args", "compile", "use_fsdp", "parallel",
-    "deterministic", "health", "vae_pretrained", "posthoc_ema", "kernels.attention", "kernels.head_width",
+    "gradient_accumulation_steps", "grad_checkpointing", "grad_checkpointing_args", "compile", "cuda_graph", "use_fsdp",
+    "parallel", "deterministic", "health", "vae_pretrained", "posthoc_ema", "kernels.attention", "kernels.head_width",
     "kernels.text", "kernels.fused", "kernels.mlp",
 )  # fmt: skip
 _ABOUT_THIS_START = ("work_dir", "load_from", "resume_from")  # not compared at all

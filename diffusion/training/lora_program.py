@@ -113,6 +113,7 @@ def lora_config(
         "mixed_precision": args.mixed_precision,
         "grad_checkpointing": args.gradient_checkpointing,
         "compile": args.compile,
+        "cuda_graph": args.cuda_graph,
         "gradient_clip": args.max_grad_norm,
         "class_dropout_prob": args.proportion_empty_prompts,
         "process": {**base["process"], "min_snr_gamma": args.snr_gamma, "noise_offset": args.noise_offset},

@@ -42,8 +42,7 @@ def place(network: Any, config: TrainConfig, ranks: Ranks) -> Any:
     """
     network.train()
     choose_kernels(network, config, ranks.device)
-    if config.compile:
-        network.compile_blocks(dynamic=False)  # one compilation a bucket
+    compile_blocks_of(network, config)
     if config.strategy == "ddp" or ranks.world_size == 1:
         return network.to(ranks.device)
     keep_shell(network)
@@ -61,13 +60,23 @@ def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
     network.requires_grad_(False).eval()
     mesh, device = mesh_of(beside.parameters()), next(beside.parameters()).device
     use_kernels(network, kernels_of(config), device)
-    if config.compile:
-        network.compile_blocks(dynamic=False)
+    compile_blocks_of(network, config)
     if mesh is not None:
         shard(network, mesh, config, frozen=True)
         network.register_forward_hook(lambda module, arguments, output: forget_forward(module))
     is_empty = next(network.parameters()).is_meta
     return network.to_empty(device=device) if is_empty else network.to(device)
+
+
+def compile_blocks_of(network: Any, config: TrainConfig) -> None:
+    """Compile a network if the config asks for it, once a bucket."""
+    if not config.compile:
+        return
+    if config.lora is not None and config.lora.use_dora:
+        # torch 2.11 takes the norms of DoRA's weights for reductions that it could join, and fails (pytorch 177782).
+        network.compile_blocks(dynamic=False, options={"triton.mix_order_reduction": False})
+    else:
+        network.compile_blocks(dynamic=False)
 
 
 def shard(network: Any, mesh: DeviceMesh, config: TrainConfig, *, frozen: bool = False) -> None:

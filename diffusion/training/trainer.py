@@ -33,6 +33,7 @@ from diffusion.training.optimization import (
 )
 from diffusion.training.parallel import AUTOCAST, place, repeatable_kernels, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
+from diffusion.training.recorded_passes import RecordedPasses
 from diffusion.training.replay import StepRecorder
 from diffusion.training.reports import Reporting, Reports
 from diffusion.training.requests import Request, Requests, resume_command
@@ -101,6 +102,7 @@ class Trainer:
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
         self.model = wrap(network, config, self.ranks)
+        self.passes = self._recorded_passes(network)
         self.faults, self.stragglers = Faults(self.ranks.rank), Stragglers(self.ranks)
         self.watchdog = Watchdog(self.ranks, config.health.hang_timeout_s, self.work_dir / "stacks")
         average, folder = self.state.average if self.family.steps_read_average else None, self.work_dir / "replay"
@@ -135,6 +137,17 @@ class Trainer:
             balance=self.dataset.attribute(balance_by) if balance_by else None,
             repeats=getattr(self.dataset, "repeats", None),
         )
+
+    def _recorded_passes(self, network: Any) -> RecordedPasses | None:
+        if not self.config.cuda_graph:
+            return None
+        if self.ranks.world_size > 1:
+            raise ConfigError(
+                f"cuda_graph=True trains on one process, and this run has {self.ranks.world_size}; set cuda_graph=False"
+            )
+        if self.ranks.device.type != "cuda":
+            LOGGER.info("cuda_graph=True makes nothing faster on %s", self.ranks.device)
+        return RecordedPasses(self._forward_backward, network.parameters(), self.config.model_max_length)
 
     @property
     def global_batch(self) -> int:
@@ -321,15 +334,28 @@ class Trainer:
             waited = time.perf_counter() - waited
             window.waited_s += waited
             self._beat(step, "forward")
+            batch = batch.to(self.ranks.device)
+            if self.passes is not None:
+                self.faults.before_forward(step)
+                part = self.passes.run(batch, self.objective.choices(batch), is_first=index == 0)
+                loss += self.faults.on_loss(part, step, index) / accumulation
+                continue
             with synchronised_only_if(self.model, index == accumulation - 1), self._autocast():
                 with self.stragglers.measure(waited):
                     self.faults.before_forward(step)
-                    output = self.objective.loss(self.model, batch.to(self.ranks.device), self.config.seed)
+                    output = self.objective.loss(self.model, batch, self.config.seed)
                 part = self.faults.on_loss(output.loss, step, index)
                 self._beat(step, "backward")
                 self.state.scaler.scale(part / accumulation).backward()
             loss += part.detach() / accumulation
         return loss
+
+    def _forward_backward(self, batch: Any) -> Tensor:
+        """A pass as it is recorded; returns its loss."""
+        with self._autocast():
+            loss = self.objective.loss(self.model, batch, self.config.seed).loss
+            self.state.scaler.scale(loss / self.config.gradient_accumulation_steps).backward()
+        return loss.detach()
 
     def _beat(self, step: int, phase: str, *, is_step: bool = True) -> None:
         """Progress for the watchdog; the first step of a start may compile, and has more time."""

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.errors import CheckpointError, PromptError
+from diffusion.graphs import GraphCache, RecordedWork
 from diffusion.inference import PixArtPipeline, make_scheduler, read_recipe
 from diffusion.inference.batch import sample_to_folder
 from diffusion.inference.conditions import Conditions
 from diffusion.inference.denoising import denoise, guide
 from diffusion.inference.fast import padded_length
-from diffusion.inference.graphs import GraphCache, RecordedWork
 from diffusion.inference.guided import Guidance, GuidedPrediction
 from diffusion.inference.shortcuts import Shortcuts
 from diffusion.inference.solver_run import SolverRun
