@@ -14,7 +14,15 @@ from timm.layers import Mlp
 from torch import Tensor
 
 from diffusion.models.embeddings import ApproxGelu
-from diffusion.models.kernels import gated_residual, gelu_mlp, modulated_norm, residual_norm
+from diffusion.models.kernels import (
+    Kernels,
+    attend_heads,
+    attend_text,
+    gated_residual,
+    gelu_mlp,
+    modulated_norm,
+    residual_norm,
+)
 from diffusion.models.kernels.elementwise import can_fuse
 
 B, N, D = 2, 19, 24  # no powers of two, and tokens that do not fill the rows of a program
@@ -51,6 +59,17 @@ def mlp(tokens: Tensor, *weights: Tensor, fused: bool) -> Tensor:
     return torch.func.functional_call(Around(), given, (tokens, fused))
 
 
+def text(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+    """Captions of all lengths down to one token."""
+    lengths = torch.linspace(1, k.shape[1], len(k)).long()
+    mask = (torch.arange(k.shape[1]) < lengths[:, None])[:, None, None]
+    return attend_text(q, k, v, mask, Kernels(text="few_keys" if fused else "mask"))
+
+
+def itself(heads: Tensor, fused: bool) -> Tensor:
+    return attend_heads(heads, Kernels(attention="few_keys" if fused else "torch"), heads.shape[-1])
+
+
 def main() -> None:
     if not can_fuse(torch.device("cpu")):
         raise SystemExit("the kernels are not in use: set TRITON_INTERPRET=1")
@@ -64,6 +83,11 @@ def main() -> None:
         "residual_norm": (residual_norm, [tokens, update, shift, scale]),
         "gated_residual": (gated_residual, [tokens, update, gate]),
         "gelu_mlp": (mlp, [tokens, *weights]),
+        # Keys of one program, and of several; queries of several programs, whose sums are added up.
+        "few keys of text": (text, [torch.randn(2, 300, 1, 72), *torch.randn(2, 2, 37, 1, 72)]),
+        "some keys of text": (text, [torch.randn(2, 70, 2, 16), *torch.randn(2, 2, 150, 2, 16)]),
+        "few tokens": (itself, [torch.randn(2, 70, 6, 72)]),
+        "some tokens": (itself, [torch.randn(1, 150, 3, 8)]),
     }
     errors = {
         f"{name} {str(dtype).removeprefix('torch.')}": error(function, inputs, dtype)
