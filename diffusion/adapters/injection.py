@@ -179,12 +179,13 @@ def merge(network: PixArt, names: Sequence[str]) -> None:
     """Add adapters, at their scales, to the weights.
 
     Raises:
-        CheckpointError: a sum is not finite.
+        CheckpointError: a sum is not finite; nothing is merged then.
     """
     for layer in _tuners(network):
         try:
             layer.merge(safe_merge=True, adapter_names=[name for name in names if name in layer.lora_A])
         except ValueError as error:
+            unmerge(network)
             raise CheckpointError(f"adapters {', '.join(names)} cannot be merged: {error}") from error
 
 

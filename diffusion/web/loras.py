@@ -16,7 +16,7 @@ class Loras:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._applied: str | None = None
+        self._applied: tuple[str, int] | None = None  # its name, and when its file was written
 
     def names(self) -> list[str]:
         """What is there now, sorted."""
@@ -35,14 +35,15 @@ class Loras:
         found = self._found()
         if name not in found:
             raise PromptError(f"LoRA {name[:60]!r} is not in {self.folder}; {did_you_mean(name[:60], found)}")
-        if self._applied != name:
+        wanted = name, _written(found[name])
+        if self._applied != wanted:
             self._unload(pipeline)
             try:
                 pipeline.load_lora_weights(str(found[name]), adapter_name="page")
             except Exception:
                 pipeline.unload_lora_weights()  # some layers may hold it already
                 raise
-            self._applied = name
+            self._applied = wanted
         pipeline.set_adapters(["page"], [scale])
         return {"lora": name, "lora_scale": scale}
 
@@ -57,3 +58,9 @@ class Loras:
         files = {path.stem: path for path in self.folder.glob("*.safetensors")}
         folders = {path.parent.name: path.parent for path in self.folder.glob("*/*.safetensors")}
         return {**folders, **files}
+
+
+def _written(path: Path) -> int:
+    """When an adapter was written, in nanoseconds: training may have replaced it."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return max(file.stat().st_mtime_ns for file in files)

@@ -18,6 +18,7 @@ from diffusion.adapters import (
     PEFT_WEIGHTS,
     adapter_parameters,
     add_adapter,
+    is_merged,
     layer_weights,
     merge,
     quantize_base,
@@ -114,6 +115,21 @@ def test_every_file_gives_the_same_network(kind: str, file: str, tmp_path: Path)
     remove_adapters(loaded)
     assert loaded.state_dict().keys() == base.state_dict().keys()
     assert_same(output(loaded), wanted)
+
+
+def test_a_sum_that_is_not_finite_leaves_nothing_merged() -> None:
+    base = network()
+    source = trained(base)
+    last = list(adapter_parameters(source).values())[-1]  # others are merged before it
+    with torch.no_grad():
+        last.fill_(float("inf"))
+    with pytest.raises(CheckpointError, match="cannot be merged"):
+        merge(source, ["default"])
+    assert not is_merged(source)
+    with torch.no_grad():
+        last.zero_()
+    set_scales(source, {})
+    assert_same(output(source), output(base))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -354,6 +354,8 @@ def test_a_lora_that_does_not_fit_is_refused_and_the_page_draws_as_before(engine
     assert "is no readable safetensors file" in draw.refused(lora="watercolour")
     assert draw() == base
     assert draw(lora="charcoal")[0] == pencil[0]
+    write_tiny_adapter(loras.parent / "again", seed=2, depth=DEPTH).replace(loras / "charcoal.safetensors")
+    assert draw(lora="charcoal")[0] not in (pencil[0], base[0])  # the new file is read
     assert engine.artist is artist  # the pipeline was never loaded again
 
 
