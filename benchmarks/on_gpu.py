@@ -82,6 +82,7 @@ TASKS = {
     "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),
     "levers-256": Task(f"{_BENCH}/bench_training_levers.py --pixels 256 --out {_BENCH}/results/levers_256.json", 540),
     "levers-512": Task(f"{_BENCH}/bench_training_levers.py --pixels 512 --out {_BENCH}/results/levers_512.json", 540),
+    "few-keys-tiles": Task(f"{_BENCH}/few_keys_tiles.py --out {_BENCH}/results/few_keys_tiles.json", 250),
     "recipe-texts": Task(f"{_BENCH}/bundled_recipe.py texts encoder", 330),
     "recipe-transformer": Task(
         f"{_BENCH}/bundled_recipe.py features transformer folder evaluate --from-bundled vae", 560
