@@ -86,11 +86,10 @@ def controlnet(result: dict[str, Any]) -> str:
         "| condition | F1 of edges | base without condition | R@1 | R@1 of the base |",
         "|---|---|---|---|---|",
     ]
-    for name in ("own edges", "moved edges"):
+    base = f"{result['base']['r1']:.1f} %"
+    for name, title in (("own edges", ""), ("moved edges", f", pictures at {result['moved_pictures_take']}")):
         row = result[name]
-        lines.append(
-            f"| {name} | {row['f1']:.2f} | {row['f1_of_base']:.2f} | {row['r1']:.1f} % | {result['base']['r1']:.1f} % |"
-        )
+        lines.append(f"| {name}{title} | {row['f1']:.2f} | {row['f1_of_base']:.2f} | {row['r1']:.1f} % | {base} |")
     lines += ["", f"Trained for {result['training_seconds']:.0f} s on {result['device']}."]
     return "\n".join([*lines, *_sheet("finetune_controlnet", "edges, ControlNet, base")])
 
