@@ -244,7 +244,9 @@ def test_finetune_controlnet(few_pictures: Path, tmp_path: Path, table_of: Calla
     result = finetune("finetune_controlnet", few_pictures, tmp_path, *places)
     assert result["bars"]["strength 0 is the base bit for bit"] is True
     assert 0 <= result["moved edges"]["f1_of_base"] <= 1
-    assert "| moved edges, pictures at 80 to 100 % of the side | " in table_of("controlnet", {"finetune_controlnet": result})
+    assert "| moved edges, pictures at 80 to 100 % of the side | " in table_of(
+        "controlnet", {"finetune_controlnet": result}
+    )
 
 
 def run_proof(name: str, data: Path, folder: Path) -> dict:  # type: ignore[type-arg]

@@ -13,6 +13,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
+from diffusion.models import PixArt
 from diffusion.models.embeddings import ApproxGelu
 from diffusion.models.kernels import (
     Kernels,
@@ -22,6 +23,7 @@ from diffusion.models.kernels import (
     gelu_mlp,
     modulated_norm,
     residual_norm,
+    use_kernels,
 )
 from diffusion.models.kernels.elementwise import can_fuse
 
@@ -70,6 +72,27 @@ def itself(heads: Tensor, fused: bool) -> Tensor:
     return attend_heads(heads, Kernels(attention="few_keys" if fused else "torch"), heads.shape[-1])
 
 
+def of_networks() -> dict[str, float]:
+    """The same of a network whose attention is by the kernels for few keys, launched and compiled."""
+    network = PixArt(input_size=8, hidden_size=48, depth=2, num_heads=2, caption_channels=16, model_max_length=7)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    mask = torch.arange(7) < torch.tensor([[7], [3]])
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([5.0, 700.0]), torch.randn(2, 7, 16), mask)
+
+    def gradients() -> Tensor:
+        network.zero_grad()
+        network(*given).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    plain, errors = gradients(), {}
+    use_kernels(network, Kernels(attention="few_keys", text="few_keys"))
+    errors["network float32"] = ((gradients() - plain).norm() / plain.norm()).item()
+    network.compile_blocks(dynamic=False, backend="aot_eager", fullgraph=True)
+    errors["compiled network float32"] = ((gradients() - plain).norm() / plain.norm()).item()
+    return errors
+
+
 def main() -> None:
     if not can_fuse(torch.device("cpu")):
         raise SystemExit("the kernels are not in use: set TRITON_INTERPRET=1")
@@ -94,7 +117,7 @@ def main() -> None:
         for name, (function, inputs) in cases.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps(errors))
+    print(json.dumps(errors | of_networks()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from diffusion.models.kernels.elementwise import INTERPRETED
 
@@ -223,11 +223,6 @@ def _backward_keys(
         _write(dv, dv_high, key, dv_row, high, keys, channels)
 
 
-def _launch(kernel: Any) -> Any:
-    """The kernel as the compiler sees into it; the interpreter of a CPU has no compiler."""
-    return kernel if INTERPRETED else wrap_triton(kernel)
-
-
 def _halves(channels: int) -> tuple[int, int]:
     """A head's channels as two widths that products can have: 72 -> 64 and 16."""
     low = 1 << (channels.bit_length() - 1)
@@ -245,14 +240,19 @@ def _places(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the output and the logarithms of the sums."""
+    batch, queries, heads, channels = q.shape
+    room = q.new_empty(batch, queries, heads, channels)
+    return room, q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     batch, queries, heads, channels = q.shape
-    keys = k.shape[1]
-    out = q.new_empty(batch, queries, heads, channels)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    out, lse = _outputs(q)
     rows, block, warps = _TILES["forward"]
-    _launch(_forward)[(batch * heads, triton.cdiv(queries, rows))](
-        q, k, v, q if keep is None else keep, out, lse, heads, queries, keys, channels, scale / math.log(2),
+    _forward[(batch * heads, triton.cdiv(queries, rows))](
+        q, k, v, q if keep is None else keep, out, lse, heads, queries, k.shape[1], channels, scale / math.log(2),
         *_places(q, k, v, out), ROWS=rows, KEYS=block, num_warps=warps, **_common(q, keep),
     )  # fmt: skip
     return out, lse
@@ -271,27 +271,36 @@ def _run_backward(
     if not is_alone:
         delta = torch.empty_like(lse)
         rows, block, warps = _TILES["queries"]
-        _launch(_backward_queries)[(batch * heads, triton.cdiv(queries, rows))](
+        _backward_queries[(batch * heads, triton.cdiv(queries, rows))](
             *given, delta, dq, *counts, *places, ROWS=rows, KEYS=block, num_warps=warps, **common
         )
     rows, block, warps = _TILES["alone" if is_alone else "keys"]
     span = triton.cdiv(triton.cdiv(queries, parts), rows) * rows
     further = [stride for tensor in (dk, dv) for stride in tensor.stride()[:4]]
-    _launch(_backward_keys)[(batch * heads, triton.cdiv(keys, block), parts)](
+    _backward_keys[(batch * heads, triton.cdiv(keys, block), parts)](
         *given, delta, dq, dk, dv, *counts, span, *places, *further, ALONE=is_alone, ROWS=rows, KEYS=block,
         num_warps=warps, **common,
     )  # fmt: skip
 
 
+# The compiler takes these operators as they are: it has nothing to fuse into them, and would copy gradients that share
+# one tensor.
+
+
 # ---- queries, keys and values apart: cross-attention ----
 
 
-@triton_op("pixart::few_keys", mutates_args=())
+@custom_op("pixart::few_keys", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     return _run_forward(q, k, v, keep, scale)
 
 
-@triton_op("pixart::few_keys_backward", mutates_args=())
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _outputs(q)
+
+
+@custom_op("pixart::few_keys_backward", mutates_args=())
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, out: Tensor, grad: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,6 +314,13 @@ def _gradients(
     if parts == 1:
         return dq, dk[0], dv[0]
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+
+
+@_gradients.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, out: Tensor, grad: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -325,19 +341,29 @@ _attend.register_autograd(_backward, setup_context=_keep_for_backward)
 # ---- heads of one projection: self-attention, whose gradients need no joining ----
 
 
-@triton_op("pixart::few_tokens", mutates_args=())
+@custom_op("pixart::few_tokens", mutates_args=())
 def _attend_itself(heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = heads.chunk(3, dim=2)
     return _run_forward(q, k, v, None, scale)
 
 
-@triton_op("pixart::few_tokens_backward", mutates_args=())
+@_attend_itself.register_fake
+def _(heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _outputs(heads.chunk(3, dim=2)[0])
+
+
+@custom_op("pixart::few_tokens_backward", mutates_args=())
 def _own_gradients(heads: Tensor, out: Tensor, grad: Tensor, lse: Tensor, scale: float) -> Tensor:
     dheads = heads.new_empty(heads.shape)
     q, k, v = heads.chunk(3, dim=2)
     dq, dk, dv = dheads.chunk(3, dim=2)
     _run_backward(q, k, v, None, out, grad, lse, scale, dq, dk[None], dv[None])
     return dheads
+
+
+@_own_gradients.register_fake
+def _(heads: Tensor, out: Tensor, grad: Tensor, lse: Tensor, scale: float) -> Tensor:
+    return heads.new_empty(heads.shape)
 
 
 def _keep_own(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
