@@ -31,6 +31,12 @@ def _lean_linear() -> Any:
     class LeanLinear(Linear):
         """y = base(x) + scale * (x down^T) up^T: x (..., in) -> (..., out)."""
 
+        def set_scale(self, adapter: str, scale: float) -> None:
+            super().set_scale(adapter, scale)
+            if adapter in self.scaling:
+                # For compiled blocks: a number would be compiled in, anew for each strength that a page asks for.
+                self.scales = {**getattr(self, "scales", {}), adapter: torch.tensor(self.scaling[adapter])}
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             names = [name for name in self.active_adapters if name in self.lora_A]
             if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or self.lora_variant:
@@ -43,8 +49,12 @@ def _lean_linear() -> Any:
             if not torch.is_autocast_enabled(x.device.type):  # which casts what products get
                 # The base's output, since an int8 base computes in a precision of its own.
                 x, down, up = (tensor.to(output.dtype) for tensor in (x, down, up))
-            product = F.linear(x, down).flatten(0, -2)
-            summed = torch.addmm(output.flatten(0, -2), product, up.t(), alpha=float(self.scaling[name]))
+            product, alpha = F.linear(x, down).flatten(0, -2), 1.0
+            if torch.compiler.is_compiling() and name in getattr(self, "scales", {}):
+                product = product * self.scales[name]
+            else:
+                alpha = float(self.scaling[name])
+            summed = torch.addmm(output.flatten(0, -2), product, up.t(), alpha=alpha)
             return summed.view(output.shape)
 
     return LeanLinear

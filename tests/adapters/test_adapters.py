@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from diffusion.adapters import (
     COMFYUI_WEIGHTS,
@@ -231,6 +232,24 @@ def test_the_lean_way_is_pefts(dtype: torch.dtype) -> None:
     for name, gradient in found[0][1].items():
         close = gradient.norm() * (1e-4 if dtype is torch.float32 else 0.05)
         assert (gradient - found[1][1][name]).norm() <= close, name
+
+
+@torch.no_grad()
+def test_other_strengths_compile_nothing_anew() -> None:
+    made = trained(network())
+    strengths = (1.0, 0.5, 0.7, -0.2, 0.3, 0.8, 1.1, 0.1, 1.4, 0.6)
+
+    def drawn(strength: float) -> torch.Tensor:
+        set_scales(made, {"default": strength})
+        return output(made)
+
+    wanted = [drawn(strength) for strength in strengths]
+    made.compile_blocks(dynamic=False, backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    for strength, expected in zip(strengths, wanted):
+        assert_same(drawn(strength), expected)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
