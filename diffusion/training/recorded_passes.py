@@ -1,4 +1,4 @@
-"""Forward and backward passes of training as CUDA graphs: small batches are launched in longer time than they compute.
+"""Forward and backward passes as CUDA graphs, for small batches: their launches take longer than their work.
 
 A pass is recorded when its kind and shapes are seen for the second time, and is then one launch instead of thousands.
 """
