@@ -14,6 +14,7 @@ from timing import timed
 
 from diffusion.errors import first_line
 from diffusion.models.kernels import Kernels, attend, attend_text, text_width, use_kernels
+from diffusion.models.kernels.attention import FEW_KEYS
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.text import TextLengths
 
@@ -44,7 +45,7 @@ def measure_attention(device: Any, *, repeats: int = 20, tiny: bool = False) -> 
         use_kernels(choice, Kernels(attention=name))
         for batch, tokens in shapes:
             for what, kernels, text in _cases(name, batch, device):
-                if name == "few_keys" and what == "self" and tokens > 512:
+                if name == "few_keys" and what == "self" and tokens > FEW_KEYS:
                     continue  # left to torch
                 row = {"what": what, "attention": name, "width": kernels.head_width, "batch": batch, "tokens": tokens}
                 rows.append({**row, **_rates(device, kernels, text, batch, tokens, repeats)})

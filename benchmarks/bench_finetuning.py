@@ -106,7 +106,6 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     key = objective.choices(batch) if args.cuda_graph else None
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         passes.run(batch, key, is_first=True)
         optimizer.step()
 

@@ -66,6 +66,11 @@ class TrainBatch:
     control_mean: Tensor | None = None
     control_std: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by the names of their fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainBatch:
         """The batch on a device; from pinned memory the copy is asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -81,8 +86,7 @@ class TrainBatch:
         return self._map(moved)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
 

@@ -70,13 +70,12 @@ def place_frozen(network: Any, beside: nn.Module, config: TrainConfig) -> Any:
 
 def compile_blocks_of(network: Any, config: TrainConfig) -> None:
     """Compile a network if the config asks for it, once a bucket."""
-    if not config.compile:
-        return
+    options: dict[str, Any] = {}
     if config.lora is not None and config.lora.use_dora:
         # torch 2.11 takes the norms of DoRA's weights for reductions that it could join, and fails (pytorch 177782).
-        network.compile_blocks(dynamic=False, options={"triton.mix_order_reduction": False})
-    else:
-        network.compile_blocks(dynamic=False)
+        options["options"] = {"triton.mix_order_reduction": False}
+    if config.compile:
+        network.compile_blocks(dynamic=False, **options)
 
 
 def shard(network: Any, mesh: DeviceMesh, config: TrainConfig, *, frozen: bool = False) -> None:

@@ -6,8 +6,7 @@ A pass is recorded when its kind and shapes are seen for the second time, and is
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class RecordedPasses:
         return loss
 
     def _by_graph(self, batch: TrainBatch, key: Hashable) -> Tensor:
-        tensors = {name: value for name, value in _values(batch).items() if isinstance(value, Tensor)}
+        tensors = batch.tensors()
         key = (key, tuple((name, value.shape, value.dtype) for name, value in tensors.items()))
 
         def work(given: Mapping[str, Tensor]) -> Tensor:
@@ -102,7 +101,3 @@ def _add(parameters: Iterable[nn.Parameter], earlier: Gradients) -> None:
             parameter.grad = earlier.pop(parameter, None)
     if earlier:
         torch._foreach_add_([p.grad for p in earlier if p.grad is not None], list(earlier.values()))
-
-
-def _values(batch: TrainBatch) -> dict[str, Any]:
-    return {field.name: getattr(batch, field.name) for field in fields(batch)}

@@ -92,14 +92,17 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "in blocks"])
+def visitors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that move as on a CPU, and in blocks of host memory as on a card."""
+    if request.param:
+        monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+
+
+@pytest.mark.usefixtures("visitors")
 @pytest.mark.parametrize("plan", ["full", "4gb"])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_memory_plan_draws_the_same_bits_at_every_change_of_adapters(
-    folder: Path, plan: str, device: str, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if in_blocks:
-        monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+def test_a_memory_plan_draws_the_same_bits_at_every_change_of_adapters(folder: Path, plan: str, device: str) -> None:
     planned, free = load_quietly(folder / "pipe"), load_quietly(folder / "pipe")
     planned.set_memory_plan(plan, device)
     drawn = {}
@@ -111,13 +114,9 @@ def test_a_memory_plan_draws_the_same_bits_at_every_change_of_adapters(
     assert (drawn["fused for good"] - drawn["removed"]).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("visitors")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_the_base_comes_back_bit_for_bit_under_a_memory_plan(
-    folder: Path, tmp_path: Path, device: str, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if in_blocks:
-        monkeypatch.setattr(memory, "WholeVisitor", WholeVisitorInBlocks)
+def test_the_base_comes_back_bit_for_bit_under_a_memory_plan(folder: Path, tmp_path: Path, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load_quietly(folder / "pipe", torch_dtype=dtype)
         pipe.set_memory_plan("full", device)

@@ -27,7 +27,7 @@ _BACKENDS = {
 _TAKE_MASKS = ("efficient", "math")
 # In the spare channel of a padded key; divided by sqrt(c) it is still far below any logit, and bf16 and fp16 hold it.
 _AWAY = -20000.0
-_FEW_KEYS, _FEW_CHANNELS = 512, 128
+FEW_KEYS, _FEW_CHANNELS = 512, 128  # that `few_keys` takes; more are left to torch
 
 
 def attend(
@@ -123,7 +123,7 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: 
 def _few(q: Tensor, keys: int) -> bool:
     """Whether the Triton kernels for few keys take them."""
     suits_it = can_run(q.device) and (INTERPRETED or q.dtype != torch.float32) and q.dtype != torch.float64
-    return suits_it and keys <= _FEW_KEYS and q.shape[-1] <= _FEW_CHANNELS and q.shape[-1] % 8 == 0
+    return suits_it and keys <= FEW_KEYS and q.shape[-1] <= _FEW_CHANNELS and q.shape[-1] % 8 == 0
 
 
 def _kernel(name: str, q: Tensor, mask: Tensor | None) -> Any:
