@@ -14,13 +14,12 @@ from timing import timed
 
 from diffusion.errors import first_line
 from diffusion.models.kernels import Kernels, attend, attend_text, text_width, use_kernels
-from diffusion.models.kernels.attention import FEW_KEYS
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.text import TextLengths
 
 HEADS, CHANNELS, TEXT = 16, 72, 120
 SHAPES = ((128, 256), (32, 1024), (8, 4096))  # batch, image tokens: 256, 512 and 1024 px
-ATTENTIONS = ("cudnn", "flash", "efficient", "few_keys", "fa3", "fa4")
+ATTENTIONS = ("cudnn", "flash", "efficient", "fa3", "fa4")
 WIDTHS = (None, 80, 96, 128)
 
 
@@ -45,8 +44,6 @@ def measure_attention(device: Any, *, repeats: int = 20, tiny: bool = False) -> 
         use_kernels(choice, Kernels(attention=name))
         for batch, tokens in shapes:
             for what, kernels, text in _cases(name, batch, device):
-                if name == "few_keys" and what == "self" and tokens > FEW_KEYS:
-                    continue  # left to torch
                 row = {"what": what, "attention": name, "width": kernels.head_width, "batch": batch, "tokens": tokens}
                 rows.append({**row, **_rates(device, kernels, text, batch, tokens, repeats)})
                 print(rows[-1], flush=True)
@@ -57,15 +54,12 @@ def measure_attention(device: Any, *, repeats: int = 20, tiny: bool = False) -> 
 
 def _cases(name: str, batch: int, device: Any) -> Iterator[tuple[str, Kernels, Any]]:
     """Self-attention at each width; captions of all lengths, with a mask tensor, a spare channel, and packed."""
-    for width in (None,) if name == "few_keys" else WIDTHS:
+    for width in WIDTHS:
         yield "self", Kernels(attention=name, head_width=width), None
     lengths = torch.linspace(1, TEXT, batch, device=device).long()
     mask = (torch.arange(TEXT, device=device) < lengths[:, None])[:, None, None]
     if name in ("cudnn", "efficient", "torch"):
         yield "text, mask", Kernels(attention=name), mask
-    if name == "few_keys":
-        yield "text, few keys", Kernels(attention="cudnn", text="few_keys"), mask
-        return
     yield "text, spare", Kernels(attention=name, text="spare"), mask
     if name in ("flash", "torch"):
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()

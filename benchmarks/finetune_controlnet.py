@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "finetune_controlnet")
     add = parser.add_argument
-    add("--steps", type=int, default=1500, help="optimiser steps (default: %(default)s)")
+    add("--steps", type=int, default=4000, help="optimiser steps (default: %(default)s)")
     add("--sampling-steps", type=int, default=20, help="solver steps (default: %(default)s)")
     add("--moved", type=Path, default=Path("build/emoji-moved"), help="folder of the moved pictures")
     add("--features", type=Path, default=Path("output/features/emoji-moved"), help="feature store of them")

@@ -75,14 +75,13 @@ TASKS = {
         250,
     ),
     "lcm": Task(f"{_BENCH}/finetune_lcm.py", 300),
-    "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 400),
+    "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 580),
     "lora": Task(f"{_BENCH}/finetune_lora.py", 200),
     "dreambooth": Task(f"{_BENCH}/finetune_dreambooth.py", 300),
     "fast-sampling": Task(f"{_BENCH}/check_fast_sampling.py", 300),
     "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),
     "levers-256": Task(f"{_BENCH}/bench_training_levers.py --pixels 256 --out {_BENCH}/results/levers_256.json", 540),
     "levers-512": Task(f"{_BENCH}/bench_training_levers.py --pixels 512 --out {_BENCH}/results/levers_512.json", 540),
-    "few-keys-tiles": Task(f"{_BENCH}/few_keys_tiles.py --out {_BENCH}/results/few_keys_tiles.json", 250),
     "recipe-texts": Task(f"{_BENCH}/bundled_recipe.py texts encoder", 330),
     "recipe-transformer": Task(
         f"{_BENCH}/bundled_recipe.py features transformer folder evaluate --from-bundled vae", 560

@@ -147,19 +147,6 @@ def test_training_levers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_few_keys_tiles(tmp_path: Path) -> None:
-    out = tmp_path / "tiles.json"
-    # Triton decides when it is imported whether it interprets: a process of its own.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "benchmarks/few_keys_tiles.py", "--tiny", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["kernel"] for row in rows] == ["forward", "alone", "forward"]
-    assert not [row for row in rows if "error" in row]
-
-
-@pytest.mark.slow
 def test_parallel(tmp_path: Path, table_of: Callable[..., str]) -> None:
     out = tmp_path / "parallel.json"
     run("benchmarks/bench_parallel.py", "--tiny", "--steps", 2, "--warm-up", 1, "--out", out)

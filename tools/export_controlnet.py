@@ -1,6 +1,6 @@
 """Join a trained ControlNet branch and its base in one file with the names of the published ControlNets.
 
-    python tools/export_controlnet.py output/controlnet/checkpoints/checkpoint-2000 \\
+    python tools/export_controlnet.py output/controlnet/checkpoints/checkpoint-4000 \\
         --base output/pretrained_models/emoji-256 --output emoji-controlnet.safetensors
 """
 

@@ -9,7 +9,7 @@ load_from = "output/pretrained_models/emoji-256"  # the base
 num_workers = 4
 train_batch_size = 256
 num_epochs = 100000  # max_steps ends the run
-max_steps = 2000
+max_steps = 4000
 mixed_precision = "bf16"
 optimizer = dict(type="AdamW", lr=5e-4, weight_decay=0.01, eps=1e-8, betas=(0.9, 0.99))
 lr_schedule = "cosine"

@@ -15,21 +15,18 @@ FP8_LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
 class KernelsConfig(Section):
     """Kernels of the blocks. The defaults are plain torch; all but `fp8` compute the same function."""
 
-    attention: Literal["torch", "auto", "cudnn", "flash", "efficient", "math", "products", "few_keys", "fa3", "fa4"] = (
-        Field(
-            default="torch",
-            description="torch: SDPA as torch chooses; a kernel of SDPA by name; products: matrix products, for bf16 "
-            "on a CPU; few_keys: Triton kernels for at most 512 tokens (CUDA); fa3, fa4: FlashAttention from its own "
-            "package; auto: the best measured on this kind of device.",
-        )
+    attention: Literal["torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4"] = Field(
+        default="torch",
+        description="torch: SDPA as torch chooses; a kernel of SDPA by name; products: matrix products, for bf16 on a "
+        "CPU; fa3, fa4: FlashAttention from its own package; auto: the best measured on this kind of device.",
     )
     head_width: int | None = Field(
         default=None, gt=0, multiple_of=8, description="Pad attention heads to so many channels; None = do not."
     )
-    text: Literal["mask", "spare", "packed", "few_keys"] = Field(
+    text: Literal["mask", "spare", "packed"] = Field(
         default="mask",
         description="How padding of captions is left out: a mask tensor; a spare channel of the heads, which lets SDPA "
-        "use its fastest kernels; captions packed one after another; or few_keys, Triton kernels that read the mask.",
+        "use its fastest kernels; or captions packed one after another.",
     )
     fused: bool = Field(
         default=False,

@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.models.kernels import (
-    Kernels,
-    TextLengths,
-    attend,
-    attend_heads,
-    attend_text,
-    from_heads,
-    text_width,
-    to_heads,
-)
+from diffusion.models.kernels import Kernels, TextLengths, attend, attend_text, from_heads, text_width, to_heads
 from diffusion.models.token_sharing import TokenSharing
 
 SAMPLINGS = ("conv", "ave", "uniform")
@@ -76,7 +67,8 @@ class SelfAttention(nn.Module):
         kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
         if self.sr_ratio == 1 and isinstance(self.q_norm, nn.Identity) and not self.fp32:
             heads = to_heads(self.qkv, tokens, channels, kernels.head_width)  # (B, N, 3 * H, c)
-            return from_heads(self.proj, self._attend_heads(heads, channels), channels)
+            q, k, v = heads.chunk(3, dim=2)
+            return from_heads(self.proj, self._attend(q, k, v, channels), channels)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.sr_ratio > 1:
@@ -85,13 +77,6 @@ class SelfAttention(nn.Module):
         q, k, v = (rearrange(part, "b n (h c) -> b n h c", h=self.num_heads).to(dtype) for part in (q, k, v))
         attended = self._attend(q, k, v)
         return self.proj(attended.flatten(2).to(tokens.dtype if self.fp32 else dtype))
-
-    def _attend_heads(self, heads: Tensor, channels: int) -> Tensor:
-        if self.sharing is not None:
-            q, k, v = heads.chunk(3, dim=2)
-            return self._attend(q, k, v, channels)
-        with torch.autocast(heads.device.type, enabled=False):
-            return attend_heads(heads, self.kernels, channels)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, channels: int | None = None) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # q, k, v have the precision that was asked for

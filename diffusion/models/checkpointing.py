@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 # The expensive operations of a block. Their outputs are kept; norms, modulation and activation functions, which cost
 # memory traffic but hardly any arithmetic, are computed again. SDPA is one of several, by device, dtype and mask.
-_KEPT = frozenset(["pixart::onednn_linear", "pixart::few_keys", "pixart::few_tokens"]) | frozenset(
+_KEPT = frozenset(["pixart::onednn_linear"]) | frozenset(
     f"aten::{name}"
     for name in (
         "mm",

@@ -13,18 +13,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor
 
-from diffusion.models import PixArt
 from diffusion.models.embeddings import ApproxGelu
-from diffusion.models.kernels import (
-    Kernels,
-    attend_heads,
-    attend_text,
-    gated_residual,
-    gelu_mlp,
-    modulated_norm,
-    residual_norm,
-    use_kernels,
-)
+from diffusion.models.kernels import gated_residual, gelu_mlp, modulated_norm, residual_norm
 from diffusion.models.kernels.elementwise import can_fuse
 
 B, N, D = 2, 19, 24  # no powers of two, and tokens that do not fill the rows of a program
@@ -61,38 +51,6 @@ def mlp(tokens: Tensor, *weights: Tensor, fused: bool) -> Tensor:
     return torch.func.functional_call(Around(), given, (tokens, fused))
 
 
-def text(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
-    """Captions of all lengths down to one token."""
-    lengths = torch.linspace(1, k.shape[1], len(k)).long()
-    mask = (torch.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-    return attend_text(q, k, v, mask, Kernels(text="few_keys" if fused else "mask"))
-
-
-def itself(heads: Tensor, fused: bool) -> Tensor:
-    return attend_heads(heads, Kernels(attention="few_keys" if fused else "torch"), heads.shape[-1])
-
-
-def of_networks() -> dict[str, float]:
-    """The same of a network whose attention is by the kernels for few keys, launched and compiled."""
-    network = PixArt(input_size=8, hidden_size=48, depth=2, num_heads=2, caption_channels=16, model_max_length=7)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    mask = torch.arange(7) < torch.tensor([[7], [3]])
-    given = (torch.randn(2, 4, 8, 8), torch.tensor([5.0, 700.0]), torch.randn(2, 7, 16), mask)
-
-    def gradients() -> Tensor:
-        network.zero_grad()
-        network(*given).square().mean().backward()
-        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-
-    plain, errors = gradients(), {}
-    use_kernels(network, Kernels(attention="few_keys", text="few_keys"))
-    errors["network float32"] = ((gradients() - plain).norm() / plain.norm()).item()
-    network.compile_blocks(dynamic=False, backend="aot_eager", fullgraph=True)
-    errors["compiled network float32"] = ((gradients() - plain).norm() / plain.norm()).item()
-    return errors
-
-
 def main() -> None:
     if not can_fuse(torch.device("cpu")):
         raise SystemExit("the kernels are not in use: set TRITON_INTERPRET=1")
@@ -106,18 +64,13 @@ def main() -> None:
         "residual_norm": (residual_norm, [tokens, update, shift, scale]),
         "gated_residual": (gated_residual, [tokens, update, gate]),
         "gelu_mlp": (mlp, [tokens, *weights]),
-        # Keys of one program, and of several; queries of several programs, whose sums are added up.
-        "few keys of text": (text, [torch.randn(2, 300, 1, 72), *torch.randn(2, 2, 37, 1, 72)]),
-        "some keys of text": (text, [torch.randn(2, 70, 2, 16), *torch.randn(2, 2, 150, 2, 16)]),
-        "few tokens": (itself, [torch.randn(2, 70, 6, 72)]),
-        "some tokens": (itself, [torch.randn(1, 150, 3, 8)]),
     }
     errors = {
         f"{name} {str(dtype).removeprefix('torch.')}": error(function, inputs, dtype)
         for name, (function, inputs) in cases.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps(errors | of_networks()))
+    print(json.dumps(errors))
 
 
 if __name__ == "__main__":

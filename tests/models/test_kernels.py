@@ -29,7 +29,6 @@ EXACT = {
     "packed text and head width": Kernels(text="packed", head_width=16),
     "fused where there is no Triton": Kernels(fused=True),
     "quack where there is no CUDA": Kernels(mlp="quack"),
-    "few keys where there is no CUDA": Kernels(attention="few_keys", text="few_keys"),
 }
 PLAIN = Kernels()
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -181,13 +180,13 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
     output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
     errors = json.loads(output.stdout)
-    assert len(errors) == 18
+    assert len(errors) == 8
     for name, error in errors.items():
         assert error < (1e-6 if name.endswith("float32") else 8e-3), name
 
 
 @gpu
-@pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient", "few_keys", "fa3", "fa4"])
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient", "fa3", "fa4"])
 @pytest.mark.parametrize("width", [None, 80])
 def test_attention_kernels_on_a_gpu(attention: str, width: int | None) -> None:
     if not is_installed(attention):
@@ -223,9 +222,8 @@ def _attention(
         Kernels(text="packed"),
         Kernels(fused=True),
         Kernels(mlp="quack"),
-        Kernels(attention="few_keys", text="few_keys"),
     ],
-    ids=["auto", "spare channel", "packed text", "fused", "quack", "few keys"],
+    ids=["auto", "spare channel", "packed text", "fused", "quack"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_bf16_on_a_gpu_is_as_exact_as_plain_bf16(kernels: Kernels, compiled: bool) -> None:
@@ -312,7 +310,7 @@ def test_fp8_units_compute_what_is_emulated(recipe: str) -> None:
 def test_an_unknown_choice_is_named() -> None:
     with pytest.raises(ValueError, match="attention='fast' is unknown; choose one of torch, auto"):
         Kernels(attention="fast")
-    with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed, few_keys"):
+    with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed"):
         Kernels(text="none")
     with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, quack"):
         Kernels(mlp="fast")

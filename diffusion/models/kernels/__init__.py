@@ -4,7 +4,7 @@
 everywhere. All forms compute the same function; they differ in rounding.
 """
 
-from diffusion.models.kernels.attention import attend, attend_heads, attend_text, text_width
+from diffusion.models.kernels.attention import attend, attend_text, text_width
 from diffusion.models.kernels.choice import ATTENTIONS, TEXTS, Kernels, use_kernels
 from diffusion.models.kernels.elementwise import (
     gated_residual,
@@ -27,7 +27,6 @@ __all__ = [
     "Kernels",
     "TextLengths",
     "attend",
-    "attend_heads",
     "attend_text",
     "from_heads",
     "gated_residual",

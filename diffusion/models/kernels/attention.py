@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.models.kernels.choice import Kernels
-from diffusion.models.kernels.elementwise import INTERPRETED, can_run
 from diffusion.models.kernels.heads import widened
 from diffusion.models.kernels.products import attend_by_products, suits
 from diffusion.models.kernels.text import TextLengths
@@ -27,7 +26,6 @@ _BACKENDS = {
 _TAKE_MASKS = ("efficient", "math")
 # In the spare channel of a padded key; divided by sqrt(c) it is still far below any logit, and bf16 and fp16 hold it.
 _AWAY = -20000.0
-FEW_KEYS, _FEW_CHANNELS = 512, 128  # that `few_keys` takes; more are left to torch
 
 
 def attend(
@@ -47,10 +45,6 @@ def attend(
     """
     given = q.shape[-1]
     channels = channels or given
-    if kernels.attention == "few_keys" and _few(q, k.shape[1]):
-        from diffusion.models.kernels.few_keys import attend_few_keys
-
-        return attend_few_keys(q, k, v, mask, channels**-0.5)
     q, k, v = (widened(part, kernels.head_width).transpose(1, 2) for part in (q, k, v))  # (B, H, N, c)
     if kernels.attention == "products" and suits(q, k):
         return attend_by_products(q, k, v, mask, channels**-0.5).transpose(1, 2)[..., :given]
@@ -60,21 +54,11 @@ def attend(
     return attended.transpose(1, 2)[..., :given]
 
 
-def attend_heads(heads: Tensor, kernels: Kernels, channels: int) -> Tensor:
-    """Self-attention of (B, N, 3 H, c) heads: queries, keys, values, padded or not; see `attend`."""
-    if kernels.attention == "few_keys" and _few(heads, heads.shape[1]):
-        from diffusion.models.kernels.few_keys import attend_few_tokens
-
-        return attend_few_tokens(heads, channels**-0.5)
-    q, k, v = heads.chunk(3, dim=2)
-    return attend(q, k, v, kernels, channels=channels)
-
-
 def text_width(kernels: Kernels, channels: int, text: Tensor | TextLengths | None) -> tuple[int | None, float]:
     """Width of a query head, and the value of its first added channel, that `attend_text` works best with."""
     if kernels.text == "spare" and isinstance(text, Tensor):
         return kernels.head_width or -(-(channels + 1) // 8) * 8, 1.0
-    return (None if isinstance(text, TextLengths) or kernels.text == "few_keys" else kernels.head_width), 0.0
+    return (None if isinstance(text, TextLengths) else kernels.head_width), 0.0
 
 
 def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | None, kernels: Kernels) -> Tensor:
@@ -89,10 +73,6 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | No
     if isinstance(text, TextLengths):
         return _attend_packed(q, k, v, text, kernels)
     channels = k.shape[-1]
-    if kernels.text == "few_keys" and _few(q, k.shape[1]):
-        from diffusion.models.kernels.few_keys import attend_few_keys
-
-        return attend_few_keys(q, k, v, text, channels**-0.5)
     width, spare = text_width(kernels, channels, text)
     if spare:
         # A padded key is pushed away in one channel, where each query holds 1. Both are constants without a gradient.
@@ -118,12 +98,6 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: 
     starts = torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
     attended: Any = varlen_attn(q.flatten(0, 1), k, v, starts, text.offsets, length, text.longest)
     return attended.unflatten(0, (batch, length))
-
-
-def _few(q: Tensor, keys: int) -> bool:
-    """Whether the Triton kernels for few keys take them."""
-    suits_it = can_run(q.device) and (INTERPRETED or q.dtype != torch.float32) and q.dtype != torch.float64
-    return suits_it and keys <= FEW_KEYS and q.shape[-1] <= _FEW_CHANNELS and q.shape[-1] % 8 == 0
 
 
 def _kernel(name: str, q: Tensor, mask: Tensor | None) -> Any:

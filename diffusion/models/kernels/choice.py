@@ -12,10 +12,10 @@ import torch
 import torch.nn.attention
 from torch import nn
 
-from diffusion.models.kernels.elementwise import can_fuse, can_run
+from diffusion.models.kernels.elementwise import can_fuse
 
-ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "few_keys", "fa3", "fa4")
-TEXTS = ("mask", "spare", "packed", "few_keys")
+ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
+TEXTS = ("mask", "spare", "packed")
 MLPS = ("torch", "quack")
 LOGGER = logging.getLogger(__name__)
 # Module and name of what kernels come in.
@@ -38,13 +38,13 @@ class Kernels:
 
     Args:
         attention: "torch" (SDPA as torch chooses), one named kernel of SDPA ("cudnn", "flash", "efficient", "math"),
-            FlashAttention "fa3" or "fa4" (packages of their own), "few_keys" (Triton kernels for at most 512 tokens,
-            more are left to torch), or "auto": what is measured to be the best on the card.
+            FlashAttention "fa3" or "fa4" (packages of their own), or "auto": what is measured to be the best on the
+            card.
         head_width: channels that a head is padded to with zeros, for kernels that are made for certain widths; None =
             as it is. Exact: padded weights have no gradient.
         text: how cross-attention leaves out padding: "mask" (a mask tensor, which keeps SDPA from its fastest kernels),
             "spare" (a spare channel pushes padded keys away; no mask tensor), "packed" (captions of different lengths
-            one after another, without padding), "few_keys" (Triton kernels that read the mask).
+            one after another, without padding).
         fused: norm, modulation, gate, residual and GELU as Triton kernels with one pass each way, on a GPU.
         mlp: the feed-forward layer by "torch", or with the GELU inside its products: "quack" (a package of its own, on
             Hopper cards, for half precision).
@@ -76,8 +76,6 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     device = device or next(network.parameters()).device
     config: Any = getattr(network, "config", None)
     decided = decide(kernels, device, config.base_size**2 if config is not None else 0)
-    if "few_keys" in (decided.attention, decided.text) and can_run(device):
-        importlib.import_module("diffusion.models.kernels.few_keys")  # not while the compiler reads a block
     if device.type == "cuda":
         _activate(decided.attention)
         if decided.mlp == "quack":

@@ -22,14 +22,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on a CPU, slowly
 
 
-def can_run(device: torch.device) -> bool:
-    """Whether Triton kernels run there."""
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
-
-
 def can_fuse(device: torch.device) -> bool:
-    """Whether the fused forms run there; in compiled blocks the compiler fuses by itself."""
-    return can_run(device) and not torch.compiler.is_compiling()
+    """Whether the Triton kernels run there; in compiled blocks the compiler fuses by itself."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED) and not torch.compiler.is_compiling()
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
