@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.sizes, args.steps, args.tokens = [64], 2, 8
-    rows = [measure(args, name, size) for size in args.sizes for name in args.rows]
+    rows: list[dict[str, Any]] = []
+    for size in args.sizes:
+        for name in args.rows:
+            rows.append(measure(args, name, size))
+            write(args, rows)  # after each, so that none is lost where time runs out
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Rows that are measured so far, and whether they keep the bar."""
     speeds = {(row["row"], row["size_px"]): row["steps_per_s"] for row in rows}
     bars = {
         f"{size} px: a step of lora takes at most {LORA_SHARE} of a full one": speeds["full", size]
@@ -86,6 +95,7 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
 
     config = config_of(args, ROWS[name], size)
     device = torch.device(args.device)
+    gc.collect()  # recordings and networks refer to each other, and would count towards the next row's peak
     torch.manual_seed(0)
     network, objective = build(name, config, device)
     network.train()
@@ -94,6 +104,7 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     batch = made_up_batch(args, config, size).to(device)
     count = len(batch.keys)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def compute(given: Any) -> Any:
@@ -122,8 +133,6 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     if device.type == "cuda":
         row["device"] = torch.cuda.get_device_name()
         row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        del network, objective, optimizer, batch, passes
-        torch.cuda.empty_cache()
     print(row, flush=True)
     return row
 

@@ -1,17 +1,21 @@
-"""A leaner way through a LoRA layer than peft's: two products, the second of which adds itself to the base's output.
+"""Leaner ways through a LoRA layer than peft's, which casts, scales and adds, each a pass over all activations.
 
-peft casts the input to the factors' precision, scales the product and adds it, each a pass over all activations. What
-is computed is the same; DoRA, convolutions and layers with several acting adapters go peft's way.
+Two products, the second of which adds itself to the base's output; or, where factors train in bfloat16 on a GPU, one
+product with the sum of the weights (`diffusion.models.kernels.low_rank`). What is computed is the same, but for
+rounding; DoRA, convolutions and layers with several acting adapters go peft's way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffusion.models.kernels.low_rank import LowRank, summed_linear, takes_sum
 
 
 def make_lean(network: nn.Module) -> None:
@@ -21,6 +25,15 @@ def make_lean(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is Linear and isinstance(module.get_base_layer(), nn.Linear):
             module.__class__ = _lean_linear()  # peft offers no way to say which class it shall make
+
+
+def by_sum(layers: Sequence[Any], x: Tensor) -> Tensor | None:
+    """The outputs of layers that read the same x, one after another, by a sum of their weights; None = not possible."""
+    if not torch.is_grad_enabled():  # strengths may change, which compiled blocks must not look at
+        return None
+    parts = [layer.low_rank() if hasattr(layer, "low_rank") else None for layer in layers]
+    given = [part for part in parts if part is not None]
+    return summed_linear(x, given) if len(given) == len(parts) and takes_sum(x, given) else None
 
 
 @cache
@@ -37,12 +50,27 @@ def _lean_linear() -> Any:
                 # For compiled blocks: a number would be compiled in, anew for each strength that a page asks for.
                 self.scales = {**getattr(self, "scales", {}), adapter: torch.tensor(self.scaling[adapter])}
 
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def acting(self) -> str | None:
+            """The adapter that acts here, if it is one alone, and no other form of it than LoRA."""
             names = [name for name in self.active_adapters if name in self.lora_A]
-            if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or self.lora_variant:
+            return None if self.disable_adapters or self.merged or len(names) != 1 or self.lora_variant else names[0]
+
+        def low_rank(self) -> LowRank | None:
+            """Weights and factors of a layer on which one adapter acts, beside a base that is not quantised."""
+            name, base = self.acting(), self.base_layer
+            if name is None or not isinstance(base, nn.Linear):
+                return None
+            factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
+            return LowRank(base.weight, base.bias, factors[0].weight, factors[1].weight, float(self.scaling[name]))
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            name = self.acting()
+            if args or kwargs or name is None:
                 other: Tensor = super().forward(x, *args, **kwargs)
                 return other
-            name = names[0]
+            summed = by_sum([self], x)
+            if summed is not None:
+                return summed
             output = self.base_layer(x)
             factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
             down, up = (factor.weight for factor in factors)

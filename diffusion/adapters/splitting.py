@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.adapters.lean import by_sum
 from diffusion.models import PixArt
 
 # The fused projections of a block, and what their parts are called in diffusers and in adapter files.
@@ -36,7 +37,8 @@ class SplitProjection(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out of all parts)."""
-        return torch.cat([part(inputs) for part in self.parts()], dim=-1)
+        summed = by_sum(self.parts(), inputs)
+        return torch.cat([part(inputs) for part in self.parts()], dim=-1) if summed is None else summed
 
     def joined(self) -> nn.Linear:
         """The fused layer with the present weights."""

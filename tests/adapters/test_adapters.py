@@ -297,3 +297,39 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     with pytest.raises(CheckpointError, match=r"absent does not exist"):
         read_adapter(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["launched", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 base", "fp32 base"])
+def test_factors_train_by_the_sum_of_weights_as_exactly_on_a_gpu(compiled: bool, dtype: torch.dtype) -> None:
+    made = trained(network(hidden_size=288, input_size=32).to(dtype).float(), rank=5).cuda()
+    given = {
+        "latents": torch.randn(2, 4, 32, 32),
+        "timesteps": torch.tensor([3.0, 500.0]),
+        "caption_embeds": torch.randn(2, 70, 32),
+        "img_hw": torch.full((2, 2), 256.0),
+        "aspect_ratio": torch.ones(2),
+    }
+    given = {name: value.cuda() for name, value in given.items()}
+
+    def gradients(model: PixArt) -> torch.Tensor:
+        output = model(**{name: value.to(next(model.parameters()).dtype) for name, value in given.items()})
+        leaves = list(adapter_parameters(model).values())
+        return torch.cat([g.flatten().double() for g in torch.autograd.grad(output.double().square().mean(), leaves)])
+
+    exact = gradients(copy.deepcopy(made).double())
+    for layer in made.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+            layer.to(dtype)
+    if compiled:
+        made.compile_blocks(dynamic=False)
+    errors = []
+    for takes in (False, True):
+        with pytest.MonkeyPatch.context() as patched, torch.autocast("cuda", torch.bfloat16):
+            if not takes:
+                patched.setattr("diffusion.adapters.lean.takes_sum", lambda *_: False)
+            torch._dynamo.reset()
+            errors.append(((gradients(made) - exact).norm() / exact.norm()).item())
+    assert errors[1] < 1.5 * errors[0]
+    assert errors[1] != errors[0]  # it was taken

@@ -1,0 +1,171 @@
+"""Linear layers whose weights have low-rank factors beside them that train, by one product each way.
+
+The factors' own products are small, but read and write all activations again, and a network of 280 such layers spends
+as much time on them as a full training step on the gradients of its weights. Here the weights are summed up first,
+S = W + s U D, so that y = x S^T + b and dx = dy S; the factors' gradients, dD = s (dy U)^T x and dU = s dy^T (x D^T),
+take two further passes (LoRA: arXiv:2106.09685, Eq. 3).
+
+In bfloat16 the factors' early, small changes would be lost when S is rounded to nearest: W itself is a bfloat16. S is
+rounded up or down by chance, so that on average the whole change is seen. The chance is a fixed draw for each weight,
+the same in every step, and nothing is rounded where nothing is changed: training starts exactly at the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from diffusion.models.kernels.elementwise import HAS_TRITON, INTERPRETED
+
+if HAS_TRITON:  # not while the compiler reads a block
+    import triton
+
+    from diffusion.models.kernels import low_rank_triton as kernels
+
+_MOST_COLUMNS = 64  # of all parts' factors, padded; more do not fit into the shared memory of small cards
+_FEWEST_ROWS = 64  # of activations; below, the factors' own products are cheaper than a sum of weights
+
+# What the kernels divide their work by, as it was fastest on an H200 at the shapes of XL/2 with rank 16.
+_SUM = {"OUT": 32, "IN": 64, "num_warps": 4}
+_PROJECT = {"ROWS": 32, "BLOCK": 128, "num_warps": 4}
+_GRADIENTS = {"ROWS": 64, "BLOCK": 64, "num_warps": 4}
+_PROGRAMS = 264  # of `gradients`, wanted at least: two for each multiprocessor
+_FEWEST_SUMMED = 256  # rows of such a program
+
+
+class LowRank(NamedTuple):
+    """A layer, or a part of one: y = x (weight + scale * up down)^T + bias.
+
+    Args:
+        weight: (out, in). bias: (out,). down: (rank, in). up: (out, rank).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def takes_sum(x: Tensor, parts: Sequence[LowRank]) -> bool:
+    """Whether `summed_linear` computes these parts: alike, with factors that train, in bfloat16, on a GPU."""
+    if not (HAS_TRITON and (x.is_cuda or INTERPRETED) and torch.is_grad_enabled()):
+        return False
+    first, kind = parts[0], x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.weight.dtype
+    if dtype != torch.bfloat16 or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        return False
+    for part in parts:
+        alike = part.weight.shape == first.weight.shape and part.down.shape == first.down.shape
+        if not (alike and part.down.requires_grad and part.scale == first.scale):
+            return False
+        if part.weight.dtype not in (torch.bfloat16, torch.float32) or (part.bias is None) != (first.bias is None):
+            return False
+    return _columns(len(parts), first.down.shape[0]) <= _MOST_COLUMNS
+
+
+def summed_linear(x: Tensor, parts: Sequence[LowRank]) -> Tensor:
+    """The outputs of parts that read the same x, one after another, in bfloat16; gradients of x and factors alone.
+
+    Args:
+        x: (..., in).
+    Returns:
+        (..., out of all parts).
+    """
+    bias = None if parts[0].bias is None else _joined([part.bias for part in parts]).to(torch.bfloat16)
+    down, up = _joined([part.down for part in parts]), _joined([part.up for part in parts])
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _SummedLinear.apply(
+            x.to(torch.bfloat16), bias, down, up, parts[0].scale, *[part.weight for part in parts]
+        )
+    return out
+
+
+class _SummedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, *weights: Tensor
+    ) -> Tensor:
+        total = _summed_weight(weights, down, up, scale)
+        ctx.save_for_backward(x, total, down, up)
+        ctx.scale, ctx.parts = scale, len(weights)
+        return F.linear(x, total, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, total, down, up = ctx.saved_tensors
+        rows, tokens = _as_rows(grad), _as_rows(x)
+        grad_x = (rows @ total).view_as(x) if ctx.needs_input_grad[0] else None
+        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale)
+        grad_up, grad_down = both.split([up.numel(), down.numel()])
+        factors = grad_down.view_as(down).to(down.dtype), grad_up.view_as(up).to(up.dtype)
+        return grad_x, None, *factors, None, *([None] * ctx.parts)
+
+
+@custom_op("pixart::summed_weight", mutates_args=())
+def _summed_weight(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """(out of all parts, in); down (parts * rank, in), up (out of all parts, rank)."""
+    (outputs, inputs), rank = weights[0].shape, up.shape[1]
+    out = weights[0].new_empty(len(weights) * outputs, inputs, dtype=torch.bfloat16)
+    for index, weight in enumerate(weights):
+        places, ranks = slice(index * outputs, (index + 1) * outputs), slice(index * rank, (index + 1) * rank)
+        kernels.sum_weight[(triton.cdiv(outputs, _SUM["OUT"]), triton.cdiv(inputs, _SUM["IN"]))](
+            weight.contiguous(), down[ranks].contiguous(), up[places].contiguous(), out[places], outputs, inputs, rank,
+            scale, RANK=_padded(rank), **_SUM,
+        )  # fmt: skip
+    return out
+
+
+@_summed_weight.register_fake
+def _(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tensor:
+    outputs, inputs = weights[0].shape
+    return weights[0].new_empty(len(weights) * outputs, inputs, dtype=torch.bfloat16)
+
+
+@custom_op("pixart::low_rank_gradients", mutates_args=())
+def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
+    """Of `up`, and behind it of `down`, as one row of float32; x (rows, in), grad (rows, out of all parts)."""
+    (rows, inputs), (outputs, rank) = x.shape, up.shape
+    outputs //= parts
+    counts = (inputs, outputs, parts, rank)
+    shape = {"PARTS": triton.next_power_of_2(parts), "RANK": _padded(rank), "WIDE": INTERPRETED}
+    below, above = (x.new_empty(rows, _columns(parts, rank), dtype=torch.float32) for _ in range(2))
+    kernels.project[(triton.cdiv(rows, _PROJECT["ROWS"]), 1 + parts)](
+        x, grad, down.contiguous(), up.contiguous(), below, above, rows, *counts, scale, x.stride(0), grad.stride(0),
+        **shape, **_PROJECT,
+    )  # fmt: skip
+    tiles = parts * triton.cdiv(outputs, _GRADIENTS["BLOCK"]) + triton.cdiv(inputs, _GRADIENTS["BLOCK"])
+    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), rows // _FEWEST_SUMMED))
+    sums = x.new_empty(splits, up.numel() + down.numel(), dtype=torch.float32)
+    kernels.gradients[(tiles, splits)](
+        x, grad, below, above, sums, rows, *counts, triton.cdiv(rows, splits), x.stride(0), grad.stride(0), **shape,
+        **_GRADIENTS,
+    )  # fmt: skip
+    return sums.sum(0) if splits > 1 else sums[0]
+
+
+@_gradients.register_fake
+def _(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
+    return x.new_empty(up.numel() + down.numel(), dtype=torch.float32)
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _columns(parts: int, rank: int) -> int:
+    return (1 << (parts - 1).bit_length()) * _padded(rank)
+
+
+def _joined(parts: Sequence[Any]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.flatten(0, -2)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
