@@ -180,7 +180,8 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
     output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
     errors = json.loads(output.stdout)
-    assert len(errors) == 12
+    assert len(errors) == 13
+    assert errors.pop("FP8") < 1.7
     assert errors.pop("weight unchanged") == 0
     assert errors.pop("mean change") < 0.15
     assert errors.pop("LoRA") < 1.5

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.models.kernels.fp8 import FP8Linear
+
 EPS = 1e-6
 _GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_SCALE
@@ -22,9 +24,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on a CPU, slowly
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether Triton kernels run there."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+
+
 def can_fuse(device: torch.device) -> bool:
-    """Whether the Triton kernels run there; in compiled blocks the compiler fuses by itself."""
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED) and not torch.compiler.is_compiling()
+    """Whether the fused forms run there; in compiled blocks the compiler fuses by itself."""
+    return can_run(device) and not torch.compiler.is_compiling()
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
     """Two linear layers with a GELU (tanh) between them: `Mlp`, (B, N, D) -> (B, N, D).
 
     Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
-    keeps nothing of the GELU in between. `form` is `Kernels.mlp`.
+    keeps nothing of the GELU in between. `form` is `Kernels.mlp`; layers in FP8 have a form of their own.
     """
     if fused and tokens.device.type == "cpu" and torch.compiler.is_compiling() and is_tanh_gelu(mlp.act):
         hidden: Tensor = mlp.fc1(tokens)
@@ -87,7 +94,9 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
     if fused and is_plain and not torch.is_grad_enabled():
         return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
-    if form == "quack" and is_plain and tokens.is_cuda and _product_dtype(tokens) != torch.float32:
+    if _rounds_by_row(mlp.fc1) and _rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
+        from diffusion.models.kernels.fp8_mlp import gelu_mlp as compute
+    elif form == "quack" and is_plain and tokens.is_cuda and _product_dtype(tokens) != torch.float32:
         from diffusion.models.kernels.epilogues import gelu_mlp as compute
     elif fused and is_plain and can_fuse(tokens.device):
         from diffusion.models.kernels.fused import gelu_mlp as compute
@@ -123,6 +132,10 @@ class _LogisticGelu(torch.autograd.Function):
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least. Not by a cast that does nothing: the compiler of torch 2.11 loses the gradient behind it."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _rounds_by_row(layer: nn.Module) -> bool:
+    return type(layer) is FP8Linear and layer.recipe == "rowwise"
 
 
 def is_tanh_gelu(activation: nn.Module) -> bool:

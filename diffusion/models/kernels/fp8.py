@@ -4,11 +4,12 @@ Forward pass and gradient of the input are FP8 products; the gradient of the wei
 all tokens is what rounding harms most. Weights, optimiser and checkpoints stay as they are. Scales are made from the
 values themselves, by row (all e4m3) or by tensor (gradients in e5m2), see "FP8 Formats for Deep Learning"
 (arXiv:2209.05433). All of it is plain torch, so the compiler fuses rounding into what makes the values; a scale by row
-needs no pass of its own there, since norms and activations work by rows already.
+needs no pass of its own there, since norms work by rows already. The GELU does not: `fp8_mlp.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def use_fp8(network: nn.Module, recipe: str, layers: tuple[str, ...] = FP8_LAYER
             raise ValueError(f"fp8: {name} has {layer.in_features} x {layer.out_features} weights, not multiples of 16")
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, FP8Linear.of(layer, recipe))
+    importlib.import_module("diffusion.models.kernels.fp8_mlp")  # not while the compiler reads a block
     return len(chosen)
 
 

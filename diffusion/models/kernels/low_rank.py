@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.elementwise import HAS_TRITON, INTERPRETED
+from diffusion.models.kernels.elementwise import HAS_TRITON, INTERPRETED, can_run
 
 if HAS_TRITON:  # not while the compiler reads a block
     import triton
@@ -54,7 +54,7 @@ class LowRank(NamedTuple):
 
 def takes_sum(x: Tensor, parts: Sequence[LowRank]) -> bool:
     """Whether `summed_linear` computes these parts: alike, with factors that train, in bfloat16, on a GPU."""
-    if not (HAS_TRITON and (x.is_cuda or INTERPRETED) and torch.is_grad_enabled()):
+    if not (can_run(x.device) and torch.is_grad_enabled()):
         return False
     first, kind = parts[0], x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.weight.dtype
