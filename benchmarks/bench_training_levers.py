@@ -33,14 +33,26 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "spare": (True, {"attention": "auto", "text": "spare"}, None),
     "packed": (True, {"attention": "auto", "text": "packed"}, None),
     "fused, eager": (False, {"fused": True, "bf16_stream": True}, None),
+    "fused": (True, {"fused": True}, None),
     "quack": (True, {"mlp": "quack"}, None),
     "exact": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, None),
     "exact, quack": (True, {"attention": "auto", "text": "packed", "bf16_stream": True, "mlp": "quack"}, None),
+    "exact, fused": (True, {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True}, None),
+    "exact, all": (
+        True,
+        {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True, "mlp": "quack"},
+        None,
+    ),
     "exact, spare": (True, {"attention": "auto", "text": "spare", "bf16_stream": True}, None),
     "fp8 rowwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "rowwise"),
+    "fp8 rowwise, fused": (
+        True,
+        {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True},
+        "rowwise",
+    ),
     "fp8 tensorwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "tensorwise"),
 }
-PROFILED = ("compile", "exact", "exact, quack", "fp8 rowwise")
+PROFILED = ("compile", "exact", "exact, fused", "exact, all", "fp8 rowwise")
 BATCHES = {256: 128, 512: 32, 1024: 8}
 
 

@@ -30,8 +30,7 @@ class KernelsConfig(Section):
     )
     fused: bool = Field(
         default=False,
-        description="Norms, gates and GELU as Triton kernels, in blocks that are not compiled (CUDA); on a CPU a "
-        "faster GELU in compiled blocks.",
+        description="Norms, gates and GELU as Triton kernels (CUDA); on a CPU a faster GELU in compiled blocks.",
     )
     mlp: Literal["torch", "quack"] = Field(
         default="torch",

@@ -18,8 +18,17 @@ from torch import Tensor
 from diffusion.adapters import adapter_parameters, lean, start_lora
 from diffusion.models import PixArt
 from diffusion.models.embeddings import ApproxGelu
-from diffusion.models.kernels import FP8Linear, gated_residual, gelu_mlp, low_rank, modulated_norm, residual_norm
-from diffusion.models.kernels.elementwise import can_fuse
+from diffusion.models.kernels import (
+    FP8Linear,
+    Kernels,
+    gated_residual,
+    gelu_mlp,
+    low_rank,
+    modulated_norm,
+    residual_norm,
+    use_kernels,
+)
+from diffusion.models.kernels.elementwise import can_run
 
 B, N, D = 2, 19, 24  # no powers of two, and tokens that do not fill the rows of a program
 
@@ -53,6 +62,34 @@ def mlp(tokens: Tensor, *weights: Tensor, fused: bool) -> Tensor:
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     given = {f"mlp.{name}": weight for name, weight in zip(names, weights)}
     return torch.func.functional_call(Around(), given, (tokens, fused))
+
+
+def of_networks() -> dict[str, float]:
+    """Gradients of a network by the fused kernels, launched and compiled: distance to float64 in float32, and under
+    autocast, divided by that of plain torch."""
+    network = PixArt(input_size=8, hidden_size=48, depth=2, num_heads=2, caption_channels=16, model_max_length=7)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([5.0, 700.0]), torch.randn(2, 7, 16), torch.ones(2, 7))
+
+    def gradients(model: PixArt, dtype: torch.dtype, autocast: bool) -> Tensor:
+        leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(*(part.to(dtype) for part in given))
+        return torch.cat([g.flatten().double() for g in torch.autograd.grad(output.double().square().mean(), leaves)])
+
+    exact, errors = gradients(copy.deepcopy(network).double(), torch.float64, False), {}
+
+    def distance(autocast: bool) -> float:
+        return ((gradients(network, torch.float32, autocast) - exact).norm() / exact.norm()).item()
+
+    plain = distance(autocast=True)
+    use_kernels(network, Kernels(fused=True))
+    for name in ("launched", "compiled"):
+        network.compile_blocks(dynamic=False, fullgraph=True, disable=name == "launched")
+        errors[f"{name} network float32"] = distance(autocast=False)
+        errors[f"{name} network autocast"] = distance(autocast=True) / plain
+    return errors
 
 
 def of_fp8() -> dict[str, float]:
@@ -121,7 +158,7 @@ def of_adapters() -> dict[str, float]:
 
 
 def main() -> None:
-    if not can_fuse(torch.device("cpu")):
+    if not can_run(torch.device("cpu")):
         raise SystemExit("the kernels are not in use: set TRITON_INTERPRET=1")
     torch.manual_seed(0)
     tokens, update = torch.randn(B, N, D), torch.randn(B, N, D)
@@ -139,7 +176,7 @@ def main() -> None:
         for name, (function, inputs) in cases.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps(errors | of_fp8() | of_rounding() | of_adapters()))
+    print(json.dumps(errors | of_networks() | of_fp8() | of_rounding() | of_adapters()))
 
 
 if __name__ == "__main__":

@@ -180,14 +180,15 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
     output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
     errors = json.loads(output.stdout)
-    assert len(errors) == 13
+    assert len(errors) == 17
     assert errors.pop("FP8") < 1.7
     assert errors.pop("weight unchanged") == 0
     assert errors.pop("mean change") < 0.15
     assert errors.pop("LoRA") < 1.5
     assert errors.pop("compiled LoRA") < 1.5
+    most = {"float32": 1e-6, "bfloat16": 8e-3, "autocast": 1.5}
     for name, error in errors.items():
-        assert error < (1e-6 if name.endswith("float32") else 8e-3), name
+        assert error < most[name.split()[-1]], name
 
 
 @gpu

@@ -12,7 +12,7 @@ import torch
 import torch.nn.attention
 from torch import nn
 
-from diffusion.models.kernels.elementwise import can_fuse
+from diffusion.models.kernels.elementwise import can_run
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed")
@@ -76,6 +76,8 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     device = device or next(network.parameters()).device
     config: Any = getattr(network, "config", None)
     decided = decide(kernels, device, config.base_size**2 if config is not None else 0)
+    if decided.fused and can_run(device):
+        importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
     if device.type == "cuda":
         _activate(decided.attention)
         if decided.mlp == "quack":
@@ -88,7 +90,7 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
 
 def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
     """The same choice with "auto" replaced by what is best on a device, and without what it cannot do, said once."""
-    if kernels.fused and not can_fuse(device) and device.type != "cpu":
+    if kernels.fused and not can_run(device) and device.type != "cpu":
         LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
         kernels = replace(kernels, fused=False)
     if kernels.mlp != "torch" and device.type != "cuda":

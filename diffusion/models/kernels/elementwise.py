@@ -29,11 +29,6 @@ def can_run(device: torch.device) -> bool:
     return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
 
 
-def can_fuse(device: torch.device) -> bool:
-    """Whether the fused forms run there; in compiled blocks the compiler fuses by itself."""
-    return can_run(device) and not torch.compiler.is_compiling()
-
-
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's affine part: tokens (B, N, D), shift and scale (B, 1, D)."""
     return tokens * (1 + scale) + shift
@@ -44,7 +39,7 @@ def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, *, fused: bool 
 
     Returns the precision that a matrix product would read under autocast, if fused; else what torch makes of it.
     """
-    if fused and can_fuse(tokens.device):
+    if fused and can_run(tokens.device):
         from diffusion.models.kernels import fused as kernels
 
         return kernels.modulated_norm(tokens, shift, scale, _product_dtype(tokens))
@@ -55,7 +50,7 @@ def residual_norm(
     tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Residual and the norm after it: tokens + update, and `modulated_norm` of that; both (B, N, D)."""
-    if fused and can_fuse(tokens.device):
+    if fused and can_run(tokens.device):
         from diffusion.models.kernels import fused as kernels
 
         return kernels.residual_norm(tokens, update, shift, scale, _product_dtype(tokens))
@@ -65,7 +60,7 @@ def residual_norm(
 
 def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool = False) -> Tensor:
     """tokens + gate * update in the precision of the tokens: (B, N, D), (B, N, D), (B, 1, D) -> (B, N, D)."""
-    if fused and can_fuse(tokens.device):
+    if fused and can_run(tokens.device):
         from diffusion.models.kernels import fused as kernels
 
         return kernels.gated_residual(tokens, update, gate)
@@ -98,7 +93,7 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
         from diffusion.models.kernels.fp8_mlp import gelu_mlp as compute
     elif form == "quack" and is_plain and tokens.is_cuda and _product_dtype(tokens) != torch.float32:
         from diffusion.models.kernels.epilogues import gelu_mlp as compute
-    elif fused and is_plain and can_fuse(tokens.device):
+    elif fused and is_plain and can_run(tokens.device):
         from diffusion.models.kernels.fused import gelu_mlp as compute
     else:
         return mlp(tokens)

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.elementwise import EPS, INTERPRETED
+from diffusion.models.kernels.elementwise import EPS
 
 _ROWS = 16  # of tokens that one program of a backward pass sums over
 
@@ -129,13 +129,17 @@ def _gelu_backward(
     tl.store(bias_parts + chunk * width + column, bias_sum, mask=column < width)
 
 
-def _launch(kernel: Any) -> Any:
-    """The kernel as the compiler sees into it; the interpreter of a CPU has no compiler."""
-    return kernel if INTERPRETED else wrap_triton(kernel)
+# The compiler takes these operators as they are. It has little to fuse into them: matrix products lie around them, and
+# its own kernels for norms read a row of 1152 several times.
 
 
 def _block(width: int) -> int:
     return triton.next_power_of_2(width)
+
+
+def _of_modulation(tokens: Tensor) -> Tensor:
+    """Room for a gradient of a modulation, (B, 1, D) float32."""
+    return tokens.new_empty(tokens.shape[0], 1, tokens.shape[2], dtype=torch.float32)
 
 
 def _dense(modulation: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ def _dense(modulation: Tensor) -> Tensor:
 # ---- norm and modulation, with or without a residual before them ----
 
 
-@triton_op("pixart::modulated_norm", mutates_args=())
+@custom_op("pixart::modulated_norm", mutates_args=())
 def _modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(tokens, dtype=dtype)
     mean, rstd = _statistics(tokens)
@@ -154,7 +158,12 @@ def _modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.d
     return out, mean, rstd
 
 
-@triton_op("pixart::residual_norm", mutates_args=())
+@_modulated_norm.register_fake
+def _(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(tokens, dtype=dtype), *_statistics(tokens)
+
+
+@custom_op("pixart::residual_norm", mutates_args=())
 def _residual_norm(
     tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,6 +171,13 @@ def _residual_norm(
     mean, rstd = _statistics(tokens)
     _run_norm(tokens, update, shift, scale, summed, out, mean, rstd)
     return summed, out, mean, rstd
+
+
+@_residual_norm.register_fake
+def _(
+    tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=dtype), *_statistics(tokens)
 
 
 def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,13 +190,13 @@ def _run_norm(
     rstd: Tensor,
 ) -> None:  # fmt: skip
     batch, length, width = tokens.shape
-    _launch(_norm_forward)[(batch * length,)](
+    _norm_forward[(batch * length,)](
         tokens, tokens if update is None else update, shift, scale, summed, out, mean, rstd, length, width,
         shift.stride(0), scale.stride(0), EPS, HAS_UPDATE=update is not None, BLOCK=_block(width), num_warps=8,
     )  # fmt: skip
 
 
-@triton_op("pixart::norm_backward", mutates_args=())
+@custom_op("pixart::norm_backward", mutates_args=())
 def _norm_gradients(
     grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,12 +204,19 @@ def _norm_gradients(
     chunks = -(-length // _ROWS)
     grad_x = torch.empty_like(x)
     shift_parts, scale_parts = (x.new_empty(batch, chunks, width, dtype=torch.float32) for _ in range(2))
-    _launch(_norm_backward)[(batch, chunks)](
+    _norm_backward[(batch, chunks)](
         grad_out, grad_out if grad_summed is None else grad_summed, x, mean, rstd, scale, grad_x, shift_parts,
         scale_parts, length, width, scale.stride(0), HAS_SUMMED=grad_summed is not None, ROWS=_ROWS,
         BLOCK=_block(width), num_warps=8,
     )  # fmt: skip
     return grad_x, shift_parts.sum(1, keepdim=True), scale_parts.sum(1, keepdim=True)
+
+
+@_norm_gradients.register_fake
+def _(
+    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _of_modulation(x), _of_modulation(x)
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -244,24 +267,31 @@ def residual_norm(
 # ---- gate and residual: the forward pass is the compiler's ----
 
 
-@triton_op("pixart::gate_backward", mutates_args=())
+@custom_op("pixart::gate_backward", mutates_args=())
 def _gate_gradients(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, width = update.shape
     chunks = -(-length // _ROWS)
     grad_update = torch.empty_like(update)
     parts = update.new_empty(batch, chunks, width, dtype=torch.float32)
-    _launch(_gate_backward)[(batch, chunks)](
+    _gate_backward[(batch, chunks)](
         grad_out, update, gate, grad_update, parts, length, width, gate.stride(0), ROWS=_ROWS, BLOCK=_block(width),
         num_warps=8,
     )  # fmt: skip
     return grad_update, parts.sum(1, keepdim=True)
 
 
+@_gate_gradients.register_fake
+def _(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(update), _of_modulation(update)
+
+
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(update, gate)
-        return (tokens + gate * update).to(tokens.dtype)
+        out = tokens + gate * update
+        # Not by a cast that does nothing: the compiler of torch 2.11 loses the gradient behind it.
+        return out if out.dtype == tokens.dtype else out.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,17 +309,23 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 # ---- the MLP: products by cuBLAS, what lies between them in one pass ----
 
 
-@triton_op("pixart::gelu_backward", mutates_args=())
+@custom_op("pixart::gelu_backward", mutates_args=())
 def _gelu_gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = hidden.shape
     tile, steps, block = 8, 16, 256
     chunks = triton.cdiv(rows, tile * steps)
     out, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
     parts = hidden.new_empty(chunks, width, dtype=torch.float32)
-    _launch(_gelu_backward)[(chunks, triton.cdiv(width, block))](
+    _gelu_backward[(chunks, triton.cdiv(width, block))](
         grad_out, hidden, out, grad_hidden, parts, rows, width, STEPS=steps, ROWS=tile, BLOCK=block, num_warps=4
     )
     return out, grad_hidden, parts.sum(0)
+
+
+@_gelu_gradients.register_fake
+def _(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sums = hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+    return torch.empty_like(hidden), torch.empty_like(hidden), sums
 
 
 class _GeluMLP(torch.autograd.Function):
