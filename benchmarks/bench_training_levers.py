@@ -30,6 +30,7 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "compile": (True, {}, None),
     "bf16 stream": (True, {"bf16_stream": True}, None),
     "attention": (True, {"attention": "auto"}, None),
+    "fa4": (True, {"attention": "fa4", "head_width": 80}, None),
     "spare": (True, {"attention": "auto", "text": "spare"}, None),
     "packed": (True, {"attention": "auto", "text": "packed"}, None),
     "fused, eager": (False, {"fused": True, "bf16_stream": True}, None),

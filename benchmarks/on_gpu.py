@@ -77,6 +77,8 @@ TASKS = {
     "lcm": Task(f"{_BENCH}/finetune_lcm.py", 300),
     "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 580),
     "lora": Task(f"{_BENCH}/finetune_lora.py", 200),
+    "diffusers": Task(f"{_BENCH}/finetune_diffusers.py", 120),
+    "dmd": Task(f"{_BENCH}/finetune_dmd.py", 400),
     "dreambooth": Task(f"{_BENCH}/finetune_dreambooth.py", 300),
     "fast-sampling": Task(f"{_BENCH}/check_fast_sampling.py", 300),
     "lossy-sampling": Task(f"{_BENCH}/bench_lossy_sampling.py --device cuda --dtype bfloat16 --limit 48", 200),

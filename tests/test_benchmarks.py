@@ -236,6 +236,13 @@ def test_finetune_controlnet(few_pictures: Path, tmp_path: Path, table_of: Calla
     )
 
 
+@pytest.mark.slow
+def test_finetune_dmd(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
+    result = finetune("finetune_dmd", few_pictures, tmp_path, "--pair-steps", 2, "--features", tmp_path / "store")
+    assert result["seconds"]["pairs"] > 0
+    assert "| DMD, 1 step | " in table_of("dmd", {"finetune_dmd": result})
+
+
 def run_proof(name: str, data: Path, folder: Path) -> dict:  # type: ignore[type-arg]
     places = ["--output", folder / "result.json", "--grid", folder / "grid.png"]
     run(f"benchmarks/{name}.py", "--tiny", "--data", data, *places)
@@ -250,6 +257,15 @@ def test_lora_proof(few_pictures: Path, tmp_path: Path, table_of: Callable[..., 
     assert result["adapter_file_mb"] < 2
     assert result["paired_distance_lora"] > 0
     assert "% of the way |" in table_of("lora", {"finetune_lora": result})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_diffusers_proof(few_pictures: Path, tmp_path: Path, table_of: Callable[..., str]) -> None:
+    result = run_proof("finetune_diffusers", few_pictures, tmp_path)
+    assert result["concepts"] == 4
+    assert result["paired_distance_tuned"] != result["paired_distance_base"]  # its weights were drawn with
+    assert "% of the way |" in table_of("diffusers", {"finetune_diffusers": result})
 
 
 @pytest.mark.slow

@@ -28,20 +28,31 @@ def families(*found: dict[str, Any]) -> str:
 
 def lora(result: dict[str, Any]) -> str:
     """What the adapter of a style has learned."""
-    start, end = result["paired_distance_base"], result["paired_distance_lora"]
-    lines = [
-        f"| judged on concepts it did not see | base | with the LoRA, at strength {result['lora_scale']} |",
+    lines = _style(result, "lora", f"with the LoRA, at strength {result['lora_scale']}")
+    lines.insert(-1, f"| file | | {result['adapter_file_mb']:.1f} MB |")
+    return "\n".join([*lines, *_sheet("finetune_lora", "base, LoRA, redrawn real picture")])
+
+
+def diffusers(result: dict[str, Any]) -> str:
+    """What all weights have learned of a style."""
+    lines = _style(result, "tuned", "tuned")
+    return "\n".join([*lines, *_sheet("finetune_diffusers", "base, tuned, redrawn real picture")])
+
+
+def _style(result: dict[str, Any], name: str, title: str) -> list[str]:
+    """The figures of `pencil_style.compare`, and what the training took."""
+    start, end = result["paired_distance_base"], result[f"paired_distance_{name}"]
+    return [
+        f"| judged on concepts it did not see | base | {title} |",
         "|---|---|---|",
         f"| distance to the redrawn real picture (2 = that among redrawn pictures) | {start:.2f} "
         f"| {end:.2f}: {100 * result['progress']:.0f} % of the way |",
         f"| the part of it by edges | {result['paired_distance_base_edges']:.2f} "
-        f"| {result['paired_distance_lora_edges']:.2f} |",
+        f"| {result[f'paired_distance_{name}_edges']:.2f} |",
         f"| R@1, among real pictures / among redrawn ones | {100 * result['r1_base_among_real']:.0f} % "
-        f"| {100 * result['r1_lora_among_drawings']:.0f} % |",
-        f"| file | | {result['adapter_file_mb']:.1f} MB |",
+        f"| {100 * result[f'r1_{name}_among_drawings']:.0f} % |",
         f"| training | | {result['training_s']:.0f} s on {result['device']} |",
     ]
-    return "\n".join([*lines, *_sheet("finetune_lora", "base, LoRA, redrawn real picture")])
 
 
 def dreambooth(result: dict[str, Any]) -> str:
@@ -74,6 +85,21 @@ def lcm(result: dict[str, Any]) -> str:
     lines += ["", f"The teacher, 20 steps with guidance: {_found(result['teacher'])}. Trained on {result['device']}."]
     lines.append("Sharpness is that of a drawing over that of its real picture.")
     return "\n".join([*lines, *_sheet("finetune_lcm", "teacher; undistilled, LCM, LCM-LoRA at 8, 4, 2, 1 steps")])
+
+
+def dmd(result: dict[str, Any]) -> str:
+    """R@1 and sharpness of one step with and without distillation, and of the teacher."""
+    lines = [
+        f"| R@1 in % of {result['drawings']} labels, sharpness | |",
+        "|---|---|",
+        f"| teacher, 20 steps with guidance | {_found(result['teacher'])} |",
+        f"| undistilled, 1 step | {_found(result['undistilled'])} |",
+        f"| DMD, 1 step | {_found(result['DMD'])} |",
+        "",
+        f"{result['steps']} steps of {result['batch_size']}, {result['seconds']['training']:.0f} s on "
+        f"{result['device']}, and {result['seconds']['pairs']:.0f} s for the pairs.",
+    ]
+    return "\n".join([*lines, *_sheet("finetune_dmd", "teacher; undistilled and DMD in one step")])
 
 
 def _found(row: dict[str, float]) -> str:

@@ -181,7 +181,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     ),
     **{
         name: made_of(getattr(finetuning_tables, name), f"finetune_{name}", f"finetune_{name}")
-        for name in ("lora", "dreambooth", "lcm", "controlnet")
+        for name in ("lora", "dreambooth", "diffusers", "lcm", "controlnet", "dmd")
     },
 }
 

@@ -191,6 +191,44 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
         assert error < most[name.split()[-1]], name
 
 
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from diffusion.models.kernels import fp8_triton, low_rank, low_rank_triton
+
+def build(kernel, halves, floats, tile):
+    constants = {**tile, **shape}
+    warps = constants.pop("num_warps")
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    kinds = dict.fromkeys(halves, "*bf16") | dict.fromkeys(floats, "*fp32") | {"scale": "fp32", "rounded": "*fp8e4nv"}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    print(made.metadata.shared)
+
+for parts, rank in ((1, 16), (4, 16), (1, 64)):
+    shape = {"PARTS": parts, "RANK": rank, "WIDE": False}
+    build(low_rank_triton.sum_weight, ["weight", "out"], ["down", "up"], low_rank._SUM)
+    build(low_rank_triton.project, ["x", "grad"], ["down", "up", "below", "above"], low_rank._PROJECT)
+    build(low_rank_triton.gradients, ["x", "grad"], ["below", "above", "sums"], low_rank._GRADIENTS)
+shape = {"BLOCK": 8192, "ROWS": 16, "num_warps": 8}
+build(fp8_triton.gelu_forward, ["hidden"], ["scales"], {})
+build(fp8_triton.gelu_backward, ["grad_out", "hidden", "out", "grad_hidden"], ["scales", "bias_parts"], {})
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_card_and_fit_into_small_ones() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = [int(line) for line in done.stdout.split()]
+    assert len(shared) == 11
+    assert max(shared) < 99 * 1024  # bytes that a program may have on cards for games, and more on others
+
+
 @gpu
 @pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient", "fa3", "fa4"])
 @pytest.mark.parametrize("width", [None, 80])
