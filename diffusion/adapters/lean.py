@@ -60,8 +60,12 @@ def _lean_linear() -> Any:
             name, base = self.acting(), self.base_layer
             if name is None or not isinstance(base, nn.Linear):
                 return None
-            factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
-            return LowRank(base.weight, base.bias, factors[0].weight, factors[1].weight, float(self.scaling[name]))
+            return LowRank(base.weight, base.bias, *self.factors(name), float(self.scaling[name]))
+
+        def factors(self, name: str) -> tuple[Tensor, Tensor]:
+            """down (rank, in) and up (out, rank) of an adapter."""
+            pair: list[Any] = [self.lora_A[name], self.lora_B[name]]
+            return pair[0].weight, pair[1].weight
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             name = self.acting()
@@ -72,8 +76,7 @@ def _lean_linear() -> Any:
             if summed is not None:
                 return summed
             output = self.base_layer(x)
-            factors: list[Any] = [self.lora_A[name], self.lora_B[name]]
-            down, up = (factor.weight for factor in factors)
+            down, up = self.factors(name)
             if not torch.is_autocast_enabled(x.device.type):  # which casts what products get
                 # The base's output, since an int8 base computes in a precision of its own.
                 x, down, up = (tensor.to(output.dtype) for tensor in (x, down, up))
