@@ -24,6 +24,7 @@ from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import first_line, run_cli
 
 PARTS = ("attention", "levers", "profile")
+_EXACT = {"attention": "auto", "text": "packed", "bf16_stream": True}
 # Arms by name: compiled or not, `Kernels`, FP8 recipe. Exact ones first; "exact" is all that is exact together.
 ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "eager": (False, {}, None),
@@ -36,22 +37,14 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "fused, eager": (False, {"fused": True, "bf16_stream": True}, None),
     "fused": (True, {"fused": True}, None),
     "quack": (True, {"mlp": "quack"}, None),
-    "exact": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, None),
-    "exact, quack": (True, {"attention": "auto", "text": "packed", "bf16_stream": True, "mlp": "quack"}, None),
-    "exact, fused": (True, {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True}, None),
-    "exact, all": (
-        True,
-        {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True, "mlp": "quack"},
-        None,
-    ),
+    "exact": (True, _EXACT, None),
+    "exact, quack": (True, {**_EXACT, "mlp": "quack"}, None),
+    "exact, fused": (True, {**_EXACT, "fused": True}, None),
+    "exact, all": (True, {**_EXACT, "fused": True, "mlp": "quack"}, None),
     "exact, spare": (True, {"attention": "auto", "text": "spare", "bf16_stream": True}, None),
-    "fp8 rowwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "rowwise"),
-    "fp8 rowwise, fused": (
-        True,
-        {"attention": "auto", "text": "packed", "bf16_stream": True, "fused": True},
-        "rowwise",
-    ),
-    "fp8 tensorwise": (True, {"attention": "auto", "text": "packed", "bf16_stream": True}, "tensorwise"),
+    "fp8 rowwise": (True, _EXACT, "rowwise"),
+    "fp8 rowwise, fused": (True, {**_EXACT, "fused": True}, "rowwise"),
+    "fp8 tensorwise": (True, _EXACT, "tensorwise"),
 }
 PROFILED = ("compile", "exact", "exact, fused", "exact, all", "fp8 rowwise")
 BATCHES = {256: 128, 512: 32, 1024: 8}

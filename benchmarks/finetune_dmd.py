@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetuning import PARTS, add_arguments, drawn, ensure_store, labels_of, open_pipeline, rows_of, train
+from finetuning import PARTS, add_arguments, drawn, ensure_store, labels_of, open_pipeline, rows_of, train, write_sheet
 from report import write_report
 
 from diffusion.config import load_config
 from diffusion.errors import run_cli
 from diffusion.evaluation.drawing import DrawingSettings
 from diffusion.evaluation.retrieval import load_gallery
-from diffusion.images import labelled_grid
 from diffusion.inference.program import show_notices
 from diffusion.inference.solvers import make_one_step_scheduler
 from diffusion.training.one_step import DMD, write_pairs
@@ -73,14 +72,7 @@ def main() -> None:
         "steps": args.steps, "batch_size": args.batch_size, "regression_weight": args.regression_weight,
         "seconds": seconds, **result, "lost": round(result["teacher"]["r1"] - result["DMD"]["r1"], 1),
     })  # fmt: skip
-    labels = labels_of(gallery, rows)
-    chosen = range(0, len(rows), max(1, len(rows) // SHOWN))[:SHOWN]
-    cells = [(found[i].resize((96, 96)), f"{kind}: {labels[i]}") for kind, found in pictures.items() for i in chosen]
-    args.grid.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid([cell for cell, _ in cells], [text for _, text in cells], columns=len(chosen)).save(
-        args.grid, quality=88
-    )
-    print(f"sheet: {args.grid}")
+    write_sheet(args.grid, pictures, labels_of(gallery, rows), SHOWN, side=96)
 
 
 def pairs_of(store: Path, args: argparse.Namespace) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import PARTS, add_arguments, drawn, ensure_store, labels_of, open_pipeline, rows_of, train
+from finetuning import PARTS, add_arguments, drawn, ensure_store, labels_of, open_pipeline, rows_of, train, write_sheet
 from report import write_report
 
 from diffusion.adapters import merge, read_adapter_from, remove_adapters, write_layout
@@ -26,7 +26,6 @@ from diffusion.config.sampling_cli import BUNDLED_LCM_LORA
 from diffusion.errors import run_cli
 from diffusion.evaluation.drawing import DrawingSettings
 from diffusion.evaluation.retrieval import load_gallery
-from diffusion.images import labelled_grid
 from diffusion.inference.program import show_notices
 from diffusion.training.distillation import LCM, LCMLoRA
 
@@ -91,19 +90,7 @@ def main() -> None:
         "training_seconds": seconds, **result, "lost_at_4_steps": lost, "bars": bars,
         "lora": str(args.lora),
     })  # fmt: skip
-    write_sheet(args.grid, pictures, labels_of(gallery, rows))
-
-
-def write_sheet(path: Path, pictures: dict[str, list], labels: list[str]) -> None:
-    """A row a kind, a column a prompt."""
-    chosen = range(0, len(labels), max(1, len(labels) // SHOWN))[:SHOWN]
-    cells = [(drawings[i], f"{kind}: {labels[i]}") for kind, drawings in pictures.items() for i in chosen]
-    sheet = labelled_grid(
-        [picture.resize((128, 128)) for picture, _ in cells], [text for _, text in cells], columns=len(chosen)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=88)
-    print(f"sheet: {path}")
+    write_sheet(args.grid, pictures, labels_of(gallery, rows), SHOWN)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from diffusion.devices import choose_device
 from diffusion.evaluation.drawing import DrawingSettings, draw, judge, spread
 from diffusion.evaluation.retrieval import Gallery
 from diffusion.features import ExtractionSettings, extract_folder
+from diffusion.images import labelled_grid
 from diffusion.inference import PixArtPipeline
 from diffusion.training import Reporting, Trainer
 from diffusion.training.family import Family
@@ -98,3 +99,15 @@ def figures(gallery: Gallery, rows: Sequence[int], pictures: list[Image.Image]) 
         "r5": round(100 * found["picture_r5"], 1),
         "sharpness": found["sharpness"],
     }
+
+
+def write_sheet(path: Path, pictures: dict[str, list[Any]], labels: list[str], shown: int, side: int = 128) -> None:
+    """A row a kind, a column for each of so many labels, evenly spaced."""
+    chosen = range(0, len(labels), max(1, len(labels) // shown))[:shown]
+    cells = [(drawings[i], f"{kind}: {labels[i]}") for kind, drawings in pictures.items() for i in chosen]
+    sheet = labelled_grid(
+        [picture.resize((side, side)) for picture, _ in cells], [text for _, text in cells], columns=len(chosen)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=88)
+    print(f"sheet: {path}")

@@ -10,14 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusion.models.kernels.fused import gelu_and_slope
+
 LARGEST = tl.constexpr(448.0)  # of e4m3
-
-
-@triton.jit
-def _gelu(h):
-    """h s and the slope's parts: s = sigmoid(2 u), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
-    s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    return h * s, s
 
 
 @triton.jit
@@ -34,7 +29,7 @@ def gelu_forward(hidden, rounded, scales, width, BLOCK: tl.constexpr):
     """rounded = gelu(hidden) in FP8; one row a program."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
-    activated, _ = _gelu(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32))
+    activated, _ = gelu_and_slope(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32))
     _store_rounded(activated, inside, row, at, rounded, scales)
 
 
@@ -52,8 +47,8 @@ def gelu_backward(
             inside, at = column < width, row * width + column
             h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
             dy = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-            activated, s = _gelu(h)
-            dh = dy * (s + activated * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h))
+            activated, slope = gelu_and_slope(h)
+            dh = dy * slope
             tl.store(out + at, activated.to(out.dtype.element_ty), mask=inside)
             tl.store(grad_hidden + at, dh.to(grad_hidden.dtype.element_ty), mask=inside)
             _store_rounded(dh, inside, row, at, rounded, scales)

@@ -106,11 +106,19 @@ def _gate_backward(
 
 
 @triton.jit
+def gelu_and_slope(h):
+    """gelu(h) = h s, with s = sigmoid(2 u), u = sqrt(2 / pi) (h + 0.044715 h^3); and its derivative."""
+    s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    return h * s, s + h * s * (1.0 - s) * slope
+
+
+@triton.jit
 def _gelu_backward(
     grad_out, hidden, out, grad_hidden, bias_parts, rows, width, STEPS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gelu(h) and its gradient: h s, with s = sigmoid(2 u), u = sqrt(2 / pi) (h + 0.044715 h^3)."""
+    """gelu(h), the gradient of h, and its sums over the rows of a program."""
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias_sum = tl.zeros([BLOCK], tl.float32)
@@ -120,10 +128,9 @@ def _gelu_backward(
         at = row[:, None] * width + column[None, :]
         h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-        s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
-        dh = dy * (s + h * s * (1.0 - s) * slope)
-        tl.store(out + at, (h * s).to(out.dtype.element_ty), mask=inside)
+        activated, slope = gelu_and_slope(h)
+        dh = dy * slope
+        tl.store(out + at, activated.to(out.dtype.element_ty), mask=inside)
         tl.store(grad_hidden + at, dh.to(grad_hidden.dtype.element_ty), mask=inside)
         bias_sum += tl.sum(dh, 0)
     tl.store(bias_parts + chunk * width + column, bias_sum, mask=column < width)
