@@ -4,7 +4,8 @@
     python benchmarks/bench_finetuning.py --no_checkpointing --output benchmarks/results/finetuning_kept.json
     python benchmarks/bench_finetuning.py --no_checkpointing --compile --cuda_graph \
         --output benchmarks/results/finetuning_fast.json
-    python benchmarks/bench_finetuning.py --rows full lora --sizes 512 --batch_size 16
+    python benchmarks/bench_finetuning.py --rows full lora --no_checkpointing --compile --cuda_graph --kernels \
+        --profile --batch_size 1 --output benchmarks/results/finetuning_small.json
     python benchmarks/bench_finetuning.py --tiny --device cpu      # to see that it runs
 
 Weights are random, features are made up, and T5 and the VAE are absent, as in training. A row is a family: DreamBooth
@@ -36,6 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {  # config keys of each
     "dmd": {},
 }
 LORA_SHARE = 0.75
+KERNELS = {"attention": "auto", "bf16_stream": True, "fused": True}  # all that are exact and that a recording takes
 
 
 def main() -> None:
@@ -48,6 +50,8 @@ def main() -> None:
     add("--steps", type=int, default=20, help="measured, after 5 that are not (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the blocks, as compile=True of a config")
     add("--cuda_graph", action="store_true", help="launch each pass as one recording, as cuda_graph=True of a config")
+    add("--kernels", action="store_true", help=f"the fast exact kernels: {KERNELS}")
+    add("--profile", action="store_true", help="milliseconds by kind of kernel, and the largest, of each row")
     add("--no_checkpointing", action="store_true", help="keep activations: faster, more memory")
     add("--device", default="cuda")
     add("--tiny", action="store_true", help="a network of 2 blocks at 64 px, 2 steps")
@@ -79,6 +83,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             "activations": kept,
             "compiled": args.compile,
             "recorded": args.cuda_graph,
+            "kernels": KERNELS if args.kernels else None,
             "rows": rows,
             "bars": bars,
         },
@@ -88,9 +93,10 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     """One row at one size."""
     import torch
+    from kernel_classes import profile_step
 
     from diffusion.training.optimization import build_optimizer
-    from diffusion.training.parallel import compile_blocks_of
+    from diffusion.training.parallel import choose_kernels, compile_blocks_of
     from diffusion.training.recorded_passes import RecordedPasses
 
     config = config_of(args, ROWS[name], size)
@@ -99,6 +105,7 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network, objective = build(name, config, device)
     network.train()
+    choose_kernels(network, config, device)
     compile_blocks_of(network, config)
     optimizer = build_optimizer(network, config, batch_of(args, size))
     batch = made_up_batch(args, config, size).to(device)
@@ -134,6 +141,8 @@ def measure(args: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
         row["device"] = torch.cuda.get_device_name()
         row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(row, flush=True)
+    if args.profile:
+        row["profile"] = profile_step(step, device)
     return row
 
 
@@ -141,11 +150,12 @@ def build(name: str, config: Any, device: Any) -> tuple[Any, Any]:
     """Network and objective of a family, on the device, around random weights; teachers are copies of them."""
     from diffusion.adapters import adapters_off, start_lora
     from diffusion.models import ControlPixArt, build_model
+    from diffusion.models.kernels import use_kernels
     from diffusion.objectives import ControlObjective, DistributionMatching, OneStepNetworks, Roles
     from diffusion.training.building import denoising_objective, model_options
     from diffusion.training.distillation import consistency_objective
     from diffusion.training.lora import adapt
-    from diffusion.training.parallel import compile_blocks_of
+    from diffusion.training.parallel import compile_blocks_of, kernels_of
 
     with device:
         network = build_model(config.model, **model_options(config))
@@ -154,6 +164,7 @@ def build(name: str, config: Any, device: Any) -> tuple[Any, Any]:
 
     def frozen() -> Any:
         twin = copy.deepcopy(network).requires_grad_(False).eval()
+        use_kernels(twin, kernels_of(config), device)
         compile_blocks_of(twin, config)
         return twin
 
@@ -193,6 +204,7 @@ def config_of(args: argparse.Namespace, keys: dict[str, Any], size: int) -> Any:
             "mixed_precision": "bf16",
             "grad_checkpointing": not args.no_checkpointing,
             "compile": args.compile,
+            "kernels": KERNELS if args.kernels else {},
             "class_dropout_prob": 0.0,
             "auto_lr": None,
             **shape,

@@ -74,6 +74,11 @@ TASKS = {
         f"--output {_BENCH}/results/finetuning_fast.json",
         250,
     ),
+    "finetuning-small": Task(
+        f"{_BENCH}/bench_finetuning.py --rows full lora --no_checkpointing --compile --cuda_graph --kernels --profile "
+        f"--batch_size 1 --output {_BENCH}/results/finetuning_small.json",
+        70,
+    ),
     "lcm": Task(f"{_BENCH}/finetune_lcm.py", 300),
     "controlnet": Task(f"{_BENCH}/finetune_controlnet.py", 580),
     "lora": Task(f"{_BENCH}/finetune_lora.py", 200),

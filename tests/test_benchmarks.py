@@ -279,10 +279,12 @@ def test_dreambooth_proof(few_pictures: Path, tmp_path: Path, table_of: Callable
 
 @pytest.mark.slow
 def test_finetuning(tmp_path: Path, table_of: Callable[..., str]) -> None:
-    run("benchmarks/bench_finetuning.py", "--tiny", "--device", "cpu", "--output", tmp_path / "out.json")
+    options = ["--tiny", "--device", "cpu", "--kernels", "--profile", "--output", tmp_path / "out.json"]
+    run("benchmarks/bench_finetuning.py", *options)
     result = json.loads((tmp_path / "out.json").read_text())
-    assert "| recomputed | 64 | controlnet | 1 | " in table_of("finetuning", {"finetuning": result})
+    assert "| recomputed, kernels | 64 | controlnet | 1 | " in table_of("finetuning", {"finetuning": result})
     rows = result["rows"]
+    assert all(row["profile"]["ms_a_step"]["gemm"] > 0 for row in rows)
     names = ["full", "lora", "dora", "lora int8 base", "lcm", "lcm lora", "controlnet", "dmd"]
     assert [row["row"] for row in rows] == names
     assert rows[1]["trained_parameters_m"] < rows[0]["trained_parameters_m"] < rows[-1]["trained_parameters_m"]

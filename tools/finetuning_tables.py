@@ -13,7 +13,7 @@ def families(*found: dict[str, Any]) -> str:
     ]
     for result in found:
         kind = result["activations"].split(",")[0]
-        kind += "".join(f", {how}" for how in ("compiled", "recorded") if result.get(how))
+        kind += "".join(f", {how}" for how in ("compiled", "recorded", "kernels") if result.get(how))
         full = {row["size_px"]: row["steps_per_s"] for row in result["rows"] if row["row"] == "full"}
         for row in result["rows"]:
             peak = row.get("peak_memory_gib")

@@ -32,9 +32,11 @@ _FEWEST_ROWS = 64  # of activations; below, the factors' own products are cheape
 
 # What the kernels divide their work by, as it was fastest on an H200 at the shapes of XL/2 with rank 16.
 _SUM = {"OUT": 32, "IN": 64, "num_warps": 4}
-_PROJECT = {"ROWS": 32, "BLOCK": 128, "num_warps": 4}
+_PROJECT = {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3}
+_PROJECT_ON_FEW = {**_PROJECT, "num_stages": 4}  # of at most 16 columns, which leave shared memory for more stages
+_PROJECT_MANY_ON_FEW = {**_PROJECT_ON_FEW, "ROWS": 64}  # likewise, when 4096 rows or more keep the card busy
 _GRADIENTS = {"ROWS": 64, "BLOCK": 64, "num_warps": 4}
-_PROGRAMS = 264  # of `gradients`, wanted at least: two for each multiprocessor
+_PROGRAMS = 396  # of `gradients`, wanted at least: three for each multiprocessor
 _FEWEST_SUMMED = 256  # rows of such a program
 
 
@@ -134,10 +136,12 @@ def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, sc
     outputs //= parts
     counts = (inputs, outputs, parts, rank)
     shape = {"PARTS": triton.next_power_of_2(parts), "RANK": _padded(rank), "WIDE": INTERPRETED}
-    below, above = (x.new_empty(rows, _columns(parts, rank), dtype=torch.float32) for _ in range(2))
-    kernels.project[(triton.cdiv(rows, _PROJECT["ROWS"]), 1 + parts)](
+    columns = _columns(parts, rank)
+    below, above = (x.new_empty(rows, columns, dtype=torch.float32) for _ in range(2))
+    tile = _PROJECT if columns > 16 else _PROJECT_MANY_ON_FEW if rows >= 4096 else _PROJECT_ON_FEW
+    kernels.project[(triton.cdiv(rows, tile["ROWS"]), 1 + parts)](
         x, grad, down.contiguous(), up.contiguous(), below, above, rows, *counts, scale, x.stride(0), grad.stride(0),
-        **shape, **_PROJECT,
+        **shape, **tile,
     )  # fmt: skip
     tiles = parts * triton.cdiv(outputs, _GRADIENTS["BLOCK"]) + triton.cdiv(inputs, _GRADIENTS["BLOCK"])
     splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), rows // _FEWEST_SUMMED))
