@@ -24,7 +24,7 @@ from diffusion.config.arguments import ArgumentParser
 from diffusion.errors import first_line, run_cli
 
 PARTS = ("attention", "levers", "profile")
-_EXACT = {"attention": "auto", "text": "packed", "bf16_stream": True}
+_EXACT = {"attention": "auto", "text": "spare", "bf16_stream": True}
 # Arms by name: compiled or not, `Kernels`, FP8 recipe. Exact ones first; "exact" is all that is exact together.
 ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "eager": (False, {}, None),
@@ -41,12 +41,13 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "exact, quack": (True, {**_EXACT, "mlp": "quack"}, None),
     "exact, fused": (True, {**_EXACT, "fused": True}, None),
     "exact, all": (True, {**_EXACT, "fused": True, "mlp": "quack"}, None),
-    "exact, spare": (True, {"attention": "auto", "text": "spare", "bf16_stream": True}, None),
+    "exact, packed": (True, {**_EXACT, "text": "packed"}, None),
+    "exact, fused, fa4": (True, {**_EXACT, "fused": True, "attention": "fa4", "head_width": 80}, None),
     "fp8 rowwise": (True, _EXACT, "rowwise"),
     "fp8 rowwise, fused": (True, {**_EXACT, "fused": True}, "rowwise"),
     "fp8 tensorwise": (True, _EXACT, "tensorwise"),
 }
-PROFILED = ("compile", "exact", "exact, fused", "exact, all", "fp8 rowwise")
+PROFILED = ("compile", "exact", "exact, fused", "exact, all", "fp8 rowwise", "fp8 rowwise, fused")
 BATCHES = {256: 128, 512: 32, 1024: 8}
 
 

@@ -22,7 +22,11 @@ from torch.nn import functional as F
 
 from diffusion.models.kernels.elementwise import EPS
 
-_ROWS = 16  # of tokens that one program of a backward pass sums over
+# What programs take: rows of tokens that a backward pass sums over, and the tile of a GELU; as fastest on an H200.
+_NORM = {"num_warps": 4}
+_NORM_BACKWARD = {"ROWS": 8, "num_warps": 4}
+_GATE_BACKWARD = {"ROWS": 16, "num_warps": 8}
+_GELU_BACKWARD = {"ROWS": 32, "BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -62,23 +66,30 @@ def _norm_backward(
     factor = 1.0 + tl.load(scale + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
+    at, here = (sample * length + chunk * ROWS) * width + column, inside & (chunk * ROWS < length)
+    dy_next = tl.load(grad_out + at, mask=here, other=0.0)
+    x_next = tl.load(x_in + at, mask=here, other=0.0)
+    summed_next = tl.load(grad_summed + at, mask=here, other=0.0)
     for index in range(ROWS):
         token = chunk * ROWS + index
-        row = sample * length + token
-        here = inside & (token < length)
-        at = row * width + column
-        dy = tl.load(grad_out + at, mask=here, other=0.0).to(tl.float32)
-        x = tl.load(x_in + at, mask=here, other=0.0).to(tl.float32)
-        centre = tl.load(mean + row, mask=token < length, other=0.0)
-        inverse = tl.load(rstd + row, mask=token < length, other=0.0)
-        normal = tl.where(here, (x - centre) * inverse, 0.0)
+        row, is_row = sample * length + token, token < length
+        dy, x, dsummed = dy_next.to(tl.float32), x_next.to(tl.float32), summed_next
+        centre = tl.load(mean + row, mask=is_row, other=0.0)
+        inverse = tl.load(rstd + row, mask=is_row, other=0.0)
+        at, here = at + width, inside & (token + 1 < length)
+        if index + 1 < ROWS:  # asked for before this row is used: its sums wait for all of it, and its way is long
+            dy_next = tl.load(grad_out + at, mask=here, other=0.0)
+            x_next = tl.load(x_in + at, mask=here, other=0.0)
+            if HAS_SUMMED:
+                summed_next = tl.load(grad_summed + at, mask=here, other=0.0)
+        normal = tl.where(inside & is_row, (x - centre) * inverse, 0.0)
         shift_sum += dy
         scale_sum += dy * normal
         dnormal = dy * factor
         dx = inverse * (dnormal - tl.sum(dnormal, 0) / width - normal * (tl.sum(dnormal * normal, 0) / width))
         if HAS_SUMMED:
-            dx += tl.load(grad_summed + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=here)
+            dx += dsummed.to(tl.float32)
+        tl.store(grad_x + row * width + column, dx.to(grad_x.dtype.element_ty), mask=inside & is_row)
     part = (sample * tl.num_programs(1) + chunk) * width + column
     tl.store(shift_parts + part, shift_sum, mask=inside)
     tl.store(scale_parts + part, scale_sum, mask=inside)
@@ -115,25 +126,23 @@ def gelu_and_slope(h):
 
 @triton.jit
 def _gelu_backward(
-    grad_out, hidden, out, grad_hidden, bias_parts, rows, width, STEPS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_out, hidden, out, grad_hidden, bias_parts, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """gelu(h), the gradient of h, and its sums over the rows of a program."""
-    chunk = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
-    for step in range(STEPS):
-        row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        at = row[:, None] * width + column[None, :]
-        h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-        activated, slope = gelu_and_slope(h)
-        dh = dy * slope
-        tl.store(out + at, activated.to(out.dtype.element_ty), mask=inside)
-        tl.store(grad_hidden + at, dh.to(grad_hidden.dtype.element_ty), mask=inside)
-        bias_sum += tl.sum(dh, 0)
-    tl.store(bias_parts + chunk * width + column, bias_sum, mask=column < width)
+    first, column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    inside = (first + row < rows)[:, None] & (column < width)[None, :]
+    at = row[:, None] * width + column[None, :]  # in 32 bits: faster, and a program's own rows are few
+    hidden, grad_out, out, grad_hidden = (
+        hidden + first * width, grad_out + first * width, out + first * width, grad_hidden + first * width
+    )  # fmt: skip
+    h = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
+    activated, slope = gelu_and_slope(h)
+    dh = dy * slope
+    tl.store(out + at, activated.to(out.dtype.element_ty), mask=inside)
+    tl.store(grad_hidden + at, dh.to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(bias_parts + tl.program_id(0) * width + column, tl.sum(dh, 0), mask=column < width)
 
 
 # The compiler takes these operators as they are. It has little to fuse into them: matrix products lie around them, and
@@ -144,9 +153,10 @@ def _block(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
-def _of_modulation(tokens: Tensor) -> Tensor:
-    """Room for a gradient of a modulation, (B, 1, D) float32."""
-    return tokens.new_empty(tokens.shape[0], 1, tokens.shape[2], dtype=torch.float32)
+def _parts(tokens: Tensor, rows: int) -> Tensor:
+    """Room for the parts of a modulation's gradient, (B, chunks of so many rows, D) float32, which are then summed up:
+    outside of the operator, where the compiler joins that with what follows."""
+    return tokens.new_empty(tokens.shape[0], -(-tokens.shape[1] // rows), tokens.shape[2], dtype=torch.float32)
 
 
 def _dense(modulation: Tensor) -> Tensor:
@@ -199,7 +209,7 @@ def _run_norm(
     batch, length, width = tokens.shape
     _norm_forward[(batch * length,)](
         tokens, tokens if update is None else update, shift, scale, summed, out, mean, rstd, length, width,
-        shift.stride(0), scale.stride(0), EPS, HAS_UPDATE=update is not None, BLOCK=_block(width), num_warps=8,
+        shift.stride(0), scale.stride(0), EPS, HAS_UPDATE=update is not None, BLOCK=_block(width), **_NORM,
     )  # fmt: skip
 
 
@@ -207,23 +217,25 @@ def _run_norm(
 def _norm_gradients(
     grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = x.shape
-    chunks = -(-length // _ROWS)
-    grad_x = torch.empty_like(x)
-    shift_parts, scale_parts = (x.new_empty(batch, chunks, width, dtype=torch.float32) for _ in range(2))
-    _norm_backward[(batch, chunks)](
-        grad_out, grad_out if grad_summed is None else grad_summed, x, mean, rstd, scale, grad_x, shift_parts,
-        scale_parts, length, width, scale.stride(0), HAS_SUMMED=grad_summed is not None, ROWS=_ROWS,
-        BLOCK=_block(width), num_warps=8,
+    grad_x, *parts = _norm_room(x)
+    _norm_backward[parts[0].shape[:2]](
+        grad_out, grad_out if grad_summed is None else grad_summed, x, mean, rstd, scale, grad_x, *parts, x.shape[1],
+        x.shape[2], scale.stride(0), HAS_SUMMED=grad_summed is not None, BLOCK=_block(x.shape[2]), **_NORM_BACKWARD,
     )  # fmt: skip
-    return grad_x, shift_parts.sum(1, keepdim=True), scale_parts.sum(1, keepdim=True)
+    return grad_x, parts[0], parts[1]
 
 
 @_norm_gradients.register_fake
 def _(
     grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _of_modulation(x), _of_modulation(x)
+    return _norm_room(x)
+
+
+def _norm_room(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradients of x, shift and scale."""
+    rows = _NORM_BACKWARD["ROWS"]
+    return torch.empty_like(x), _parts(x, rows), _parts(x, rows)
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,7 +252,8 @@ def _norm_grads(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -
     grad_out = x.new_zeros(x.shape) if grad_out is None else grad_out.contiguous()
     grad_summed = None if grad_summed is None else grad_summed.contiguous()
     grad_x, *modulations = _norm_gradients(grad_out, grad_summed, x, mean, rstd, scale)
-    shift, scale = (grad.to(dtype) for grad, dtype in zip(modulations, ctx.modulation_dtypes))
+    sums = [parts.sum(1, keepdim=True) for parts in modulations]
+    shift, scale = (grad.to(dtype) for grad, dtype in zip(sums, ctx.modulation_dtypes))
     return grad_x, shift, scale
 
 
@@ -276,20 +289,17 @@ def residual_norm(
 
 @custom_op("pixart::gate_backward", mutates_args=())
 def _gate_gradients(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    batch, length, width = update.shape
-    chunks = -(-length // _ROWS)
-    grad_update = torch.empty_like(update)
-    parts = update.new_empty(batch, chunks, width, dtype=torch.float32)
-    _gate_backward[(batch, chunks)](
-        grad_out, update, gate, grad_update, parts, length, width, gate.stride(0), ROWS=_ROWS, BLOCK=_block(width),
-        num_warps=8,
+    grad_update, parts = torch.empty_like(update), _parts(update, _GATE_BACKWARD["ROWS"])
+    _gate_backward[parts.shape[:2]](
+        grad_out, update, gate, grad_update, parts, *update.shape[1:], gate.stride(0), BLOCK=_block(update.shape[2]),
+        **_GATE_BACKWARD,
     )  # fmt: skip
-    return grad_update, parts.sum(1, keepdim=True)
+    return grad_update, parts
 
 
 @_gate_gradients.register_fake
 def _(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(update), _of_modulation(update)
+    return torch.empty_like(update), _parts(update, _GATE_BACKWARD["ROWS"])
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -303,8 +313,8 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         update, gate = ctx.saved_tensors
-        grad_update, grad_gate = _gate_gradients(grad_out.contiguous(), update, gate)
-        return grad_out, grad_update, grad_gate.to(gate.dtype)
+        grad_update, parts = _gate_gradients(grad_out.contiguous(), update, gate)
+        return grad_out, grad_update, parts.sum(1, keepdim=True).to(gate.dtype)
 
 
 def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -318,21 +328,22 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 @custom_op("pixart::gelu_backward", mutates_args=())
 def _gelu_gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = hidden.shape
-    tile, steps, block = 8, 16, 256
-    chunks = triton.cdiv(rows, tile * steps)
-    out, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
-    parts = hidden.new_empty(chunks, width, dtype=torch.float32)
-    _gelu_backward[(chunks, triton.cdiv(width, block))](
-        grad_out, hidden, out, grad_hidden, parts, rows, width, STEPS=steps, ROWS=tile, BLOCK=block, num_warps=4
+    room, (rows, width) = _gelu_room(hidden), hidden.shape
+    _gelu_backward[(room[2].shape[0], triton.cdiv(width, _GELU_BACKWARD["BLOCK"]))](
+        grad_out, hidden, *room, rows, width, **_GELU_BACKWARD
     )
-    return out, grad_hidden, parts.sum(0)
+    return room
 
 
 @_gelu_gradients.register_fake
 def _(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums = hidden.new_empty(hidden.shape[1], dtype=torch.float32)
-    return torch.empty_like(hidden), torch.empty_like(hidden), sums
+    return _gelu_room(hidden)
+
+
+def _gelu_room(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the GELU, the gradient of its input, and the parts of the bias's gradient."""
+    parts = hidden.new_empty(-(-hidden.shape[0] // _GELU_BACKWARD["ROWS"]), hidden.shape[1], dtype=torch.float32)
+    return torch.empty_like(hidden), torch.empty_like(hidden), parts
 
 
 class _GeluMLP(torch.autograd.Function):
@@ -346,11 +357,11 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         tokens, weight1, bias1, weight2, bias2, hidden = ctx.saved_tensors
         rows, grad = tokens.flatten(0, -2), grad_out.flatten(0, -2)
-        activated, grad_hidden, grad_bias1 = _gelu_gradients(grad @ weight2, hidden.flatten(0, -2))
+        activated, grad_hidden, parts = _gelu_gradients(grad @ weight2, hidden.flatten(0, -2))
         return (
             (grad_hidden @ weight1).view_as(tokens),
             grad_hidden.t() @ rows,
-            grad_bias1.to(bias1.dtype),
+            parts.sum(0).to(bias1.dtype),
             grad.t() @ activated,
             grad.sum(0, dtype=torch.float32).to(bias2.dtype),
         )

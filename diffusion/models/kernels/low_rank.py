@@ -28,6 +28,7 @@ if HAS_TRITON:  # not while the compiler reads a block
     from diffusion.models.kernels import low_rank_triton as kernels
 
 _MOST_COLUMNS = 64  # of all parts' factors, padded; more do not fit into the shared memory of small cards
+_MOST_PARTS = _MOST_COLUMNS // 16
 _FEWEST_ROWS = 64  # of activations; below, the factors' own products are cheaper than a sum of weights
 
 # What the kernels divide their work by, as it was fastest on an H200 at the shapes of XL/2 with rank 16.
@@ -36,6 +37,7 @@ _PROJECT = {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3}
 _PROJECT_ON_FEW = {**_PROJECT, "num_stages": 4}  # of at most 16 columns, which leave shared memory for more stages
 _PROJECT_MANY_ON_FEW = {**_PROJECT_ON_FEW, "ROWS": 64}  # likewise, when 4096 rows or more keep the card busy
 _GRADIENTS = {"ROWS": 64, "BLOCK": 64, "num_warps": 4}
+_PROJECTING, _MOST_SHARES = 264, 2  # programs of `project` that shares of the width make up for, and most shares
 _PROGRAMS = 396  # of `gradients`, wanted at least: three for each multiprocessor
 _FEWEST_SUMMED = 256  # rows of such a program
 
@@ -103,7 +105,7 @@ class _SummedLinear(torch.autograd.Function):
         x, total, down, up = ctx.saved_tensors
         rows, tokens = _as_rows(grad), _as_rows(x)
         grad_x = (rows @ total).view_as(x) if ctx.needs_input_grad[0] else None
-        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale)
+        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale).sum(0)
         grad_up, grad_down = both.split([up.numel(), down.numel()])
         factors = grad_down.view_as(down).to(down.dtype), grad_up.view_as(up).to(up.dtype)
         return grad_x, None, *factors, None, *([None] * ctx.parts)
@@ -114,12 +116,11 @@ def _summed_weight(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: f
     """(out of all parts, in); down (parts * rank, in), up (out of all parts, rank)."""
     (outputs, inputs), rank = weights[0].shape, up.shape[1]
     out = weights[0].new_empty(len(weights) * outputs, inputs, dtype=torch.bfloat16)
-    for index, weight in enumerate(weights):
-        places, ranks = slice(index * outputs, (index + 1) * outputs), slice(index * rank, (index + 1) * rank)
-        kernels.sum_weight[(triton.cdiv(outputs, _SUM["OUT"]), triton.cdiv(inputs, _SUM["IN"]))](
-            weight.contiguous(), down[ranks].contiguous(), up[places].contiguous(), out[places], outputs, inputs, rank,
-            scale, RANK=_padded(rank), **_SUM,
-        )  # fmt: skip
+    given = [weight.contiguous() for weight in weights]
+    given += given[-1:] * (_MOST_PARTS - len(given))
+    kernels.sum_weight[(triton.cdiv(outputs, _SUM["OUT"]), triton.cdiv(inputs, _SUM["IN"]), len(weights))](
+        *given, down.contiguous(), up.contiguous(), out, outputs, inputs, rank, scale, RANK=_padded(rank), **_SUM
+    )
     return out
 
 
@@ -131,31 +132,48 @@ def _(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tens
 
 @custom_op("pixart::low_rank_gradients", mutates_args=())
 def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
-    """Of `up`, and behind it of `down`, as one row of float32; x (rows, in), grad (rows, out of all parts)."""
+    """Of `up`, and behind it of `down`, in a row of float32 for each of some parts of all rows, to be summed up.
+
+    x (rows, in), grad (rows, out of all parts).
+    """
     (rows, inputs), (outputs, rank) = x.shape, up.shape
     outputs //= parts
     counts = (inputs, outputs, parts, rank)
     shape = {"PARTS": triton.next_power_of_2(parts), "RANK": _padded(rank), "WIDE": INTERPRETED}
     columns = _columns(parts, rank)
-    below, above = (x.new_empty(rows, columns, dtype=torch.float32) for _ in range(2))
     tile = _PROJECT if columns > 16 else _PROJECT_MANY_ON_FEW if rows >= 4096 else _PROJECT_ON_FEW
-    kernels.project[(triton.cdiv(rows, tile["ROWS"]), 1 + parts)](
+    programs = triton.cdiv(rows, tile["ROWS"]) * (1 + parts)
+    shares = max(1, min(_MOST_SHARES, _PROJECTING // programs))
+    below, above = (x.new_empty(shares, rows, columns, dtype=torch.float32) for _ in range(2))
+    kernels.project[(triton.cdiv(rows, tile["ROWS"]), 1 + parts, shares)](
         x, grad, down.contiguous(), up.contiguous(), below, above, rows, *counts, scale, x.stride(0), grad.stride(0),
         **shape, **tile,
     )  # fmt: skip
-    tiles = parts * triton.cdiv(outputs, _GRADIENTS["BLOCK"]) + triton.cdiv(inputs, _GRADIENTS["BLOCK"])
-    splits = max(1, min(triton.cdiv(_PROGRAMS, tiles), rows // _FEWEST_SUMMED))
+    splits = _splits(rows, inputs, outputs, parts)
     sums = x.new_empty(splits, up.numel() + down.numel(), dtype=torch.float32)
+    tiles = _tiles(inputs, outputs, parts)
     kernels.gradients[(tiles, splits)](
         x, grad, below, above, sums, rows, *counts, triton.cdiv(rows, splits), x.stride(0), grad.stride(0), **shape,
-        **_GRADIENTS,
+        SHARES=shares, **_GRADIENTS,
     )  # fmt: skip
-    return sums.sum(0) if splits > 1 else sums[0]
+    return sums
 
 
 @_gradients.register_fake
 def _(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
-    return x.new_empty(up.numel() + down.numel(), dtype=torch.float32)
+    splits = _splits(x.shape[0], x.shape[1], up.shape[0] // parts, parts)
+    return x.new_empty(splits, up.numel() + down.numel(), dtype=torch.float32)
+
+
+def _tiles(inputs: int, outputs: int, parts: int) -> int:
+    """Programs of `gradients` that all outputs and inputs make."""
+    block = _GRADIENTS["BLOCK"]
+    return parts * -(-outputs // block) + -(-inputs // block)
+
+
+def _splits(rows: int, inputs: int, outputs: int, parts: int) -> int:
+    """Sums that `gradients` makes over a part of the rows each."""
+    return max(1, min(-(-_PROGRAMS // _tiles(inputs, outputs, parts)), rows // _FEWEST_SUMMED))
 
 
 def _padded(rank: int) -> int:

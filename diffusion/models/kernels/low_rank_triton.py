@@ -14,14 +14,23 @@ import triton.language as tl
 
 @triton.jit
 def sum_weight(
-    weight, down, up, out, outputs, inputs, rank, scale, RANK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr
+    weight0, weight1, weight2, weight3, down, up, out, outputs, inputs, rank, scale,
+    RANK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """out = weight + scale * up down, in bfloat16, rounded up or down by a fixed draw for each place."""
+    """out = weight + scale * up down of each part, in bfloat16, rounded up or down by a fixed draw for each place."""
     row, column = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.program_id(1) * IN + tl.arange(0, IN)
-    r = tl.arange(0, RANK)
+    part, r = tl.program_id(2), tl.arange(0, RANK)
     inside = (row < outputs)[:, None] & (column < inputs)[None, :]
     place = row[:, None] * inputs + column[None, :]
-    total = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    if part == 0:
+        total = tl.load(weight0 + place, mask=inside, other=0.0).to(tl.float32)
+    elif part == 1:
+        total = tl.load(weight1 + place, mask=inside, other=0.0).to(tl.float32)
+    elif part == 2:
+        total = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        total = tl.load(weight3 + place, mask=inside, other=0.0).to(tl.float32)
+    up, down, out = up + part * outputs * rank, down + part * rank * inputs, out + part * outputs * inputs
     held = (row < outputs)[:, None] & (r < rank)[None, :]
     ups = tl.load(up + row[:, None] * rank + r[None, :], mask=held, other=0.0).to(tl.float32)
     held = (r < rank)[:, None] & (column < inputs)[None, :]
@@ -39,10 +48,13 @@ def _project(
     given, given_stride, width, factors, factor_stride, held, out, out_stride, first, rows, scale,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, COLUMNS) = scale * given (rows, width) factors (width, COLUMNS), of which `held` are there."""
+    """out (rows, COLUMNS) = scale * given (rows, width) factors (width, COLUMNS), of which `held` are there; of a sum
+    over a program's share of the width."""
     row, column = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    share = tl.cdiv(tl.cdiv(width, tl.num_programs(2)), BLOCK) * BLOCK
+    begin = tl.program_id(2) * share
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in range(begin, tl.minimum(begin + share, width), BLOCK):
         place = start + tl.arange(0, BLOCK)
         inside = (place < width)[:, None] & held[None, :]
         part = tl.load(factors + place[:, None] * factor_stride, mask=inside, other=0.0)
@@ -59,7 +71,10 @@ def project(
     x, grad, down, up, below, above, rows, inputs, outputs, parts, rank, scale, x_stride, grad_stride,
     PARTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """below = scale * x down^T and above = scale * grad up of each part, both (rows, PARTS * RANK) in float32."""
+    """below = scale * x down^T and above = scale * grad up of each part, both (shares, rows, PARTS * RANK) in float32:
+    sums over a share of the width each."""
+    below += tl.program_id(2) * rows * PARTS * RANK
+    above += tl.program_id(2) * rows * PARTS * RANK
     first, part, r = tl.program_id(0) * ROWS, tl.program_id(1) - 1, tl.arange(0, RANK)
     column = tl.arange(0, PARTS * RANK)  # of all parts, RANK apart
     if part < 0:
@@ -79,8 +94,8 @@ def project(
 
 @triton.jit
 def _gradient(
-    given, given_stride, width, projected, projected_stride, out, out_stride, held, tile, first, last,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    given, given_stride, width, projected, projected_stride, out, out_stride, held, tile, first, last, rows,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of given^T projected, (width, COLUMNS), over the rows from first to last."""
     place, column = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
@@ -92,7 +107,10 @@ def _gradient(
         if WIDE:
             tokens = tokens.to(tl.float32)
         inside = (row < last)[:, None]
-        part = tl.load(projected + row[:, None] * projected_stride + column[None, :], mask=inside, other=0.0)
+        at = row[:, None] * projected_stride + column[None, :]
+        part = tl.load(projected + at, mask=inside, other=0.0)
+        for share in tl.static_range(1, SHARES):
+            part += tl.load(projected + share * rows * projected_stride + at, mask=inside, other=0.0)
         total += tl.dot(tokens, part.to(tokens.dtype))
     tl.store(out + place[:, None] * out_stride, total, mask=(place < width)[:, None] & held[None, :])
 
@@ -100,7 +118,7 @@ def _gradient(
 @triton.jit
 def gradients(
     x, grad, below, above, sums, rows, inputs, outputs, parts, rank, span, x_stride, grad_stride,
-    PARTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of `up` (parts * outputs, rank) and, behind it, `down` (parts * rank, inputs); each sum is over `span` rows."""
     tile, first, r = tl.program_id(0), tl.program_id(1) * span, tl.arange(0, RANK)
@@ -111,12 +129,12 @@ def gradients(
         of_ups = out + (part * outputs * rank + r)[None, :]
         _gradient(
             grad + part * outputs, grad_stride, outputs, below + part * RANK, PARTS * RANK, of_ups, rank, r < rank,
-            tile % tiles, first, last, RANK, ROWS, BLOCK, WIDE,
+            tile % tiles, first, last, rows, RANK, SHARES, ROWS, BLOCK, WIDE,
         )  # fmt: skip
     else:
         of_downs = out + (parts * outputs * rank + (column // RANK * rank + column % RANK) * inputs)[None, :]
         held = (column % RANK < rank) & (column // RANK < parts)
         _gradient(
             x, x_stride, inputs, above, PARTS * RANK, of_downs, 1, held, tile - parts * tiles, first, last,
-            PARTS * RANK, ROWS, BLOCK, WIDE,
+            rows, PARTS * RANK, SHARES, ROWS, BLOCK, WIDE,
         )  # fmt: skip
