@@ -212,7 +212,8 @@ def build(kernel, halves, floats, tile):
 
 for parts, rank in ((1, 16), (4, 16), (1, 64)):
     shape = {"PARTS": parts, "RANK": rank, "SHARES": 2, "WIDE": False}
-    build(low_rank_triton.sum_weight, ["weight0", "weight1", "weight2", "weight3", "out"], ["down", "up"], low_rank._SUM)
+    weights = [f"weight{index}" for index in range(low_rank._MOST_PARTS)]
+    build(low_rank_triton.sum_weight, [*weights, "out"], ["down", "up"], low_rank._SUM)
     of_few = [low_rank._PROJECT_ON_FEW, low_rank._PROJECT_MANY_ON_FEW]
     for tile in of_few if parts * rank == 16 else [low_rank._PROJECT]:
         build(low_rank_triton.project, ["x", "grad"], ["down", "up", "below", "above"], tile)

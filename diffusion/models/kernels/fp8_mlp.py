@@ -42,8 +42,8 @@ def _(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 @custom_op("pixart::fp8_gelu_backward", mutates_args=())
 def _gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gelu(hidden) and the gradient of `hidden`, both (M, K), that in FP8 and its scale, and parts of its sum over rows,
-    (chunks, K)."""
+    """gelu(hidden) and the gradient of `hidden`, both (M, K), that in FP8 and its scale, and parts of its sum over
+    rows, (chunks, K)."""
     room, (rows, width) = _backward_room(hidden), hidden.shape
     kernels.gelu_backward[(room[-1].shape[0],)](grad_out, hidden, *room, rows, width, **_halves(width), **_BACKWARD)
     return room

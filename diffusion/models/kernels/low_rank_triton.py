@@ -118,7 +118,8 @@ def _gradient(
 @triton.jit
 def gradients(
     x, grad, below, above, sums, rows, inputs, outputs, parts, rank, span, x_stride, grad_stride,
-    PARTS: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of `up` (parts * outputs, rank) and, behind it, `down` (parts * rank, inputs); each sum is over `span` rows."""
     tile, first, r = tl.program_id(0), tl.program_id(1) * span, tl.arange(0, RANK)
