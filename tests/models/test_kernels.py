@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.models import ControlPixArt, PixArt
-from diffusion.models.kernels import FP8Linear, Kernels, attend, use_fp8, use_kernels
+from diffusion.models.kernels import FP8Linear, Kernels, attend, choice, use_fp8, use_kernels
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.elementwise import _LogisticGelu
 from diffusion.models.kernels.products import MOST_KEYS
@@ -195,7 +195,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from diffusion.models.kernels import fp8_mlp, fp8_triton, fused, low_rank, low_rank_triton
+from diffusion.models.kernels import fp8_triton, fused, low_rank, low_rank_triton
 
 def build(kernel, halves, floats, tile):
     constants = {**tile, **shape}
@@ -218,10 +218,11 @@ for parts, rank in ((1, 16), (4, 16), (1, 64)):
     for tile in of_few if parts * rank == 16 else [low_rank._PROJECT]:
         build(low_rank_triton.project, ["x", "grad"], ["down", "up", "below", "above"], tile)
     build(low_rank_triton.gradients, ["x", "grad"], ["below", "above", "sums"], low_rank._GRADIENTS)
-shape, halves = fp8_mlp._halves(4608), ["grad_out", "hidden", "out", "grad_hidden"]
-build(fp8_triton.gelu_forward, halves, ["scales"], fp8_mlp._FORWARD)
-build(fp8_triton.gelu_backward, halves, ["scales", "bias_parts"], fp8_mlp._BACKWARD)
-build(fused._gelu_backward, halves, ["bias_parts"], fused._GELU_BACKWARD)
+for width, of_gelu in ((4608, True), (4608, False), (1152, False)):
+    shape = {"MAIN": 4096 if width > 4096 else 1024, "REST": 512, "OF_GELU": of_gelu, "num_warps": 4}
+    build(fp8_triton.round_row, ["values"], ["scales"], {})
+shape = {}
+build(fused._gelu_backward, ["grad_out", "hidden", "out", "grad_hidden"], ["bias_parts"], fused._GELU_BACKWARD)
 shape = {"BLOCK": 2048, "HAS_UPDATE": True, "HAS_SUMMED": True}
 halves = ["tokens", "update", "shift", "scale", "summed", "out", "grad_out", "grad_summed", "x_in", "grad_x"]
 floats = ["mean", "rstd", "shift_parts", "scale_parts"]
@@ -236,8 +237,34 @@ def test_kernels_compile_for_a_card_and_fit_into_small_ones() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 16
+    assert len(shared) == 17
     assert max(shared) < 99 * 1024  # bytes that a program may have on cards for games, and more on others
+
+
+def test_a_package_that_is_missing_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda")
+    monkeypatch.setitem(choice._PACKAGES, "quack", ("no_such_package", "quack-kernels"))
+    with pytest.raises(RuntimeError, match="mlp='quack' needs the package quack-kernels; install it, or use 'torch'"):
+        use_kernels(network(), Kernels(mlp="quack"), card)
+    monkeypatch.setitem(choice._PACKAGES, "quack", ("json", "quack-kernels"))
+    monkeypatch.setitem(sys.modules, "diffusion.models.kernels.epilogues", None)
+    with pytest.raises(RuntimeError, match=r"quack-kernels is installed, but fails \(Module.*the extra `flash`"):
+        use_kernels(network(), Kernels(mlp="quack"), card)
+
+
+def test_auto_passes_over_a_package_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def activate(name: str) -> None:
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setitem(choice._PACKAGES, "fa4", ("json", "flash-attn-4"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    with pytest.raises(RuntimeError, match=r"attention='fa4': .* fails \(ValueError: too many values"):
+        use_kernels(network(), Kernels(attention="fa4"), torch.device("cuda"))
+    assert choice.decide(Kernels(attention="auto"), torch.device("cuda"), 4096).attention == "cudnn"
+    assert "attention='auto': attention='fa4': the package flash-attn-4" in caplog.text
 
 
 @gpu

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.attention
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
-from diffusion.models.kernels.elementwise import can_run
+from diffusion.errors import first_line
+from diffusion.models.kernels.availability import can_run
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed")
@@ -71,7 +76,7 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
         network: all of it that has a `kernels` attribute gets the choice.
         device: where it will run; None = where it is.
     Raises:
-        RuntimeError: a package that the choice needs is missing.
+        RuntimeError: a package that the choice needs is missing, or fails.
     """
     device = device or next(network.parameters()).device
     config: Any = getattr(network, "config", None)
@@ -79,10 +84,10 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     if decided.fused and can_run(device):
         importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
     if device.type == "cuda":
-        _activate(decided.attention)
+        _activate(decided.attention, decided.head_width, device)
         if decided.mlp == "quack":
-            _require("mlp", "quack", "'torch'")
-            importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
+            with _explained("mlp", "quack", "'torch'"):
+                importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
     for module in network.modules():
         if hasattr(module, "kernels"):
             module.kernels = decided  # type: ignore[assignment]
@@ -101,7 +106,7 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         for fewest, attention, width in _BEST.get(major, ()):
-            if num_tokens >= fewest and is_installed(attention):
+            if num_tokens >= fewest and _works(attention, width, device):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
@@ -119,15 +124,47 @@ def is_installed(form: str) -> bool:
         return False
 
 
-def _activate(attention: str) -> None:
-    """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process."""
+def _works(attention: str, width: int | None, device: torch.device) -> bool:
+    """Whether a card computes this attention; of a package that is there and fails, says why."""
+    if not is_installed(attention):
+        return False
+    try:
+        _activate(attention, width, device)
+    except RuntimeError as error:
+        LOGGER.warning("attention='auto': %s", error)
+        return False
+    return True
+
+
+def _activate(attention: str, width: int | None, device: torch.device) -> None:
+    """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process.
+
+    They compute something first: their versions do not all fit that of torch.
+    """
     if attention not in _PACKAGES:
         return
-    _require("attention", attention, "'cudnn' or 'auto'")
-    torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
+    with _explained("attention", attention, "'cudnn'"):
+        torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
+        try:
+            tokens = torch.zeros(1, 1, 64, width or 64, dtype=torch.bfloat16, device=device)
+            with torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                F.scaled_dot_product_attention(tokens, tokens, tokens)
+        except Exception:
+            torch.nn.attention.restore_flash_attention_impl()
+            raise
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
 
 
-def _require(key: str, form: str, other: str) -> None:
+@contextmanager
+def _explained(key: str, form: str, other: str) -> Iterator[None]:
+    """Errors of a package become one that names the key, the package and what to do."""
+    package = _PACKAGES[form][1]
     if not is_installed(form):
-        raise RuntimeError(f"{key}={form!r} needs the package {_PACKAGES[form][1]}; install it, or use {other}")
+        raise RuntimeError(f"{key}={form!r} needs the package {package}; install it, or use {other}")
+    try:
+        yield
+    except Exception as error:  # whatever kernels that are compiled when they are needed can raise
+        raise RuntimeError(
+            f"{key}={form!r}: the package {package} is installed, but fails ({type(error).__name__}: "
+            f"{first_line(error)}); install the versions of the extra `flash`, or use {other}"
+        ) from error

@@ -6,27 +6,19 @@ CUDA and Triton; elsewhere `fused=True` runs the plain form, but for the GELU of
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.models.kernels.availability import can_run
 from diffusion.models.kernels.fp8 import FP8Linear
 
 EPS = 1e-6
 _GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_SCALE
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on a CPU, slowly
-
-
-def can_run(device: torch.device) -> bool:
-    """Whether Triton kernels run there."""
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -110,9 +102,7 @@ class _LogisticGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = _wide(x)
-        value = wide * torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * wide * wide))
-        return value if wide is x else value.to(x.dtype)
+        return logistic_gelu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
@@ -122,6 +112,13 @@ class _LogisticGelu(torch.autograd.Function):
         logistic = torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * square))
         slope = logistic * (1 + wide * (1 - logistic) * (_GELU_SCALE + 3 * _GELU_CUBIC * square))
         return (grad * slope).to(x.dtype)
+
+
+def logistic_gelu(x: Tensor) -> Tensor:
+    """GELU (tanh) by the logistic function."""
+    wide = _wide(x)
+    value = wide * torch.sigmoid(wide * (_GELU_SCALE + _GELU_CUBIC * wide * wide))
+    return value if wide is x else value.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 Forward pass and gradient of the input are FP8 products; the gradient of the weight stays in bfloat16, as its sum over
 all tokens is what rounding harms most. Weights, optimiser and checkpoints stay as they are. Scales are made from the
 values themselves, by row (all e4m3) or by tensor (gradients in e5m2), see "FP8 Formats for Deep Learning"
-(arXiv:2209.05433). All of it is plain torch, so the compiler fuses rounding into what makes the values; a scale by row
-needs no pass of its own there, since norms work by rows already. The GELU does not: `fp8_mlp.py`.
+(arXiv:2209.05433). Weights are rounded in plain torch; activations and gradients by row, on a GPU, in a Triton kernel
+(`fp8_rows.py`), and the feed-forward layer there has a form of its own (`fp8_mlp.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion.models.kernels.availability import can_run
 
 RECIPES = ("rowwise", "tensorwise")
 # Wide enough to gain (o and q projections are not, with 1152 inputs and outputs).
@@ -74,7 +76,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, by_row: bool) -> Tensor:
         ctx.save_for_backward(tokens, weight)
         ctx.by_row, ctx.has_bias = by_row, bias is not None
-        rows, rows_scale = quantise(tokens.flatten(0, -2), by_row)
+        rows, rows_scale = rounded(tokens.flatten(0, -2), by_row)
         columns, columns_scale = quantise(weight, by_row)
         out = scaled_product(rows, columns, rows_scale, columns_scale, bias, tokens.dtype, fast=True)
         return out.unflatten(0, tokens.shape[:-1])
@@ -83,12 +85,22 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         grad = grad_out.flatten(0, -2)
-        rows, rows_scale = quantise(grad, ctx.by_row, torch.float8_e4m3fn if ctx.by_row else torch.float8_e5m2)
+        rows, rows_scale = rounded(grad, ctx.by_row, torch.float8_e4m3fn if ctx.by_row else torch.float8_e5m2)
         columns, columns_scale = quantise(weight.t().contiguous(), ctx.by_row)
         grad_tokens = scaled_product(rows, columns, rows_scale, columns_scale, None, tokens.dtype, fast=False)
         grad_weight = grad.t() @ tokens.flatten(0, -2)
         grad_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype) if ctx.has_bias else None
         return grad_tokens.view_as(tokens), grad_weight, grad_bias, None
+
+
+def rounded(values: Tensor, by_row: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """`quantise`, of many rows on a GPU in a pass of its own, which is faster than what the compiler makes of it."""
+    if by_row and can_run(values.device):
+        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_rows
+
+        if values.shape[1] <= MOST_COLUMNS:
+            return rounded_rows(values)
+    return quantise(values, by_row, dtype)
 
 
 def quantise(values: Tensor, by_row: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:

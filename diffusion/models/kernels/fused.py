@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.elementwise import EPS
+from diffusion.models.kernels.elementwise import EPS, logistic_gelu
+from diffusion.models.kernels.gelu_triton import gelu_and_slope
 
 # What programs take: rows of tokens that a backward pass sums over, and the tile of a GELU; as fastest on an H200.
 _NORM = {"num_warps": 4}
@@ -117,14 +118,6 @@ def _gate_backward(
 
 
 @triton.jit
-def gelu_and_slope(h):
-    """gelu(h) = h s, with s = sigmoid(2 u), u = sqrt(2 / pi) (h + 0.044715 h^3); and its derivative."""
-    s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    slope = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
-    return h * s, s + h * s * (1.0 - s) * slope
-
-
-@triton.jit
 def _gelu_backward(
     grad_out, hidden, out, grad_hidden, bias_parts, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -145,6 +138,7 @@ def _gelu_backward(
     tl.store(bias_parts + tl.program_id(0) * width + column, tl.sum(dh, 0), mask=column < width)
 
 
+# Rows of a program that shapes depend on are arguments of the operators: the compiler's cache knows those alone.
 # The compiler takes these operators as they are. It has little to fuse into them: matrix products lie around them, and
 # its own kernels for norms read a row of 1152 several times.
 
@@ -215,26 +209,26 @@ def _run_norm(
 
 @custom_op("pixart::norm_backward", mutates_args=())
 def _norm_gradients(
-    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, *parts = _norm_room(x)
+    grad_x, *parts = _norm_room(x, rows)
     _norm_backward[parts[0].shape[:2]](
         grad_out, grad_out if grad_summed is None else grad_summed, x, mean, rstd, scale, grad_x, *parts, x.shape[1],
-        x.shape[2], scale.stride(0), HAS_SUMMED=grad_summed is not None, BLOCK=_block(x.shape[2]), **_NORM_BACKWARD,
+        x.shape[2], scale.stride(0), HAS_SUMMED=grad_summed is not None, BLOCK=_block(x.shape[2]),
+        **{**_NORM_BACKWARD, "ROWS": rows},
     )  # fmt: skip
     return grad_x, parts[0], parts[1]
 
 
 @_norm_gradients.register_fake
 def _(
-    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+    grad_out: Tensor, grad_summed: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_room(x)
+    return _norm_room(x, rows)
 
 
-def _norm_room(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_room(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the gradients of x, shift and scale."""
-    rows = _NORM_BACKWARD["ROWS"]
     return torch.empty_like(x), _parts(x, rows), _parts(x, rows)
 
 
@@ -251,7 +245,7 @@ def _norm_grads(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -
     x, mean, rstd, scale = ctx.saved_tensors
     grad_out = x.new_zeros(x.shape) if grad_out is None else grad_out.contiguous()
     grad_summed = None if grad_summed is None else grad_summed.contiguous()
-    grad_x, *modulations = _norm_gradients(grad_out, grad_summed, x, mean, rstd, scale)
+    grad_x, *modulations = _norm_gradients(grad_out, grad_summed, x, mean, rstd, scale, _NORM_BACKWARD["ROWS"])
     sums = [parts.sum(1, keepdim=True) for parts in modulations]
     shift, scale = (grad.to(dtype) for grad, dtype in zip(sums, ctx.modulation_dtypes))
     return grad_x, shift, scale
@@ -288,18 +282,18 @@ def residual_norm(
 
 
 @custom_op("pixart::gate_backward", mutates_args=())
-def _gate_gradients(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    grad_update, parts = torch.empty_like(update), _parts(update, _GATE_BACKWARD["ROWS"])
+def _gate_gradients(grad_out: Tensor, update: Tensor, gate: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    grad_update, parts = torch.empty_like(update), _parts(update, rows)
     _gate_backward[parts.shape[:2]](
         grad_out, update, gate, grad_update, parts, *update.shape[1:], gate.stride(0), BLOCK=_block(update.shape[2]),
-        **_GATE_BACKWARD,
+        **{**_GATE_BACKWARD, "ROWS": rows},
     )  # fmt: skip
     return grad_update, parts
 
 
 @_gate_gradients.register_fake
-def _(grad_out: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(update), _parts(update, _GATE_BACKWARD["ROWS"])
+def _(grad_out: Tensor, update: Tensor, gate: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(update), _parts(update, rows)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -313,7 +307,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         update, gate = ctx.saved_tensors
-        grad_update, parts = _gate_gradients(grad_out.contiguous(), update, gate)
+        grad_update, parts = _gate_gradients(grad_out.contiguous(), update, gate, _GATE_BACKWARD["ROWS"])
         return grad_out, grad_update, parts.sum(1, keepdim=True).to(gate.dtype)
 
 
@@ -326,23 +320,27 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 # ---- the MLP: products by cuBLAS, what lies between them in one pass ----
 
 
+def gelu_gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(hidden) and the gradient of `hidden`, both (M, K), and parts of its sum over rows, (chunks, K) float32."""
+    out: tuple[Tensor, Tensor, Tensor] = _gelu_gradients(grad_out, hidden, _GELU_BACKWARD["ROWS"])
+    return out
+
+
 @custom_op("pixart::gelu_backward", mutates_args=())
-def _gelu_gradients(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    room, (rows, width) = _gelu_room(hidden), hidden.shape
-    _gelu_backward[(room[2].shape[0], triton.cdiv(width, _GELU_BACKWARD["BLOCK"]))](
-        grad_out, hidden, *room, rows, width, **_GELU_BACKWARD
-    )
+def _gelu_gradients(grad_out: Tensor, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    room, (count, width), tile = _gelu_room(hidden, rows), hidden.shape, {**_GELU_BACKWARD, "ROWS": rows}
+    _gelu_backward[(room[2].shape[0], triton.cdiv(width, tile["BLOCK"]))](grad_out, hidden, *room, count, width, **tile)
     return room
 
 
 @_gelu_gradients.register_fake
-def _(grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _gelu_room(hidden)
+def _(grad_out: Tensor, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _gelu_room(hidden, rows)
 
 
-def _gelu_room(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_room(hidden: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the GELU, the gradient of its input, and the parts of the bias's gradient."""
-    parts = hidden.new_empty(-(-hidden.shape[0] // _GELU_BACKWARD["ROWS"]), hidden.shape[1], dtype=torch.float32)
+    parts = hidden.new_empty(-(-hidden.shape[0] // rows), hidden.shape[1], dtype=torch.float32)
     return torch.empty_like(hidden), torch.empty_like(hidden), parts
 
 
@@ -351,13 +349,13 @@ class _GeluMLP(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         hidden = F.linear(tokens, weight1, bias1)
         ctx.save_for_backward(tokens, weight1, bias1, weight2, bias2, hidden)
-        return F.linear(F.gelu(hidden, approximate="tanh"), weight2, bias2)
+        return F.linear(logistic_gelu(hidden), weight2, bias2)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
         tokens, weight1, bias1, weight2, bias2, hidden = ctx.saved_tensors
         rows, grad = tokens.flatten(0, -2), grad_out.flatten(0, -2)
-        activated, grad_hidden, parts = _gelu_gradients(grad @ weight2, hidden.flatten(0, -2))
+        activated, grad_hidden, parts = gelu_gradients(grad @ weight2, hidden.flatten(0, -2))
         return (
             (grad_hidden @ weight1).view_as(tokens),
             grad_hidden.t() @ rows,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.elementwise import HAS_TRITON, INTERPRETED, can_run
+from diffusion.models.kernels.availability import HAS_TRITON, INTERPRETED, can_run
 
 if HAS_TRITON:  # not while the compiler reads a block
     import triton
@@ -105,7 +105,8 @@ class _SummedLinear(torch.autograd.Function):
         x, total, down, up = ctx.saved_tensors
         rows, tokens = _as_rows(grad), _as_rows(x)
         grad_x = (rows @ total).view_as(x) if ctx.needs_input_grad[0] else None
-        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale).sum(0)
+        splits = _splits(len(rows), tokens.shape[1], up.shape[0] // ctx.parts, ctx.parts)
+        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale, splits).sum(0)
         grad_up, grad_down = both.split([up.numel(), down.numel()])
         factors = grad_down.view_as(down).to(down.dtype), grad_up.view_as(up).to(up.dtype)
         return grad_x, None, *factors, None, *([None] * ctx.parts)
@@ -131,10 +132,11 @@ def _(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tens
 
 
 @custom_op("pixart::low_rank_gradients", mutates_args=())
-def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
-    """Of `up`, and behind it of `down`, in a row of float32 for each of some parts of all rows, to be summed up.
+def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float, splits: int) -> Tensor:
+    """Of `up`, and behind it of `down`, in a row of float32 for each of so many splits of all rows, to be summed up.
 
-    x (rows, in), grad (rows, out of all parts).
+    x (rows, in), grad (rows, out of all parts). What the shape depends on is an argument: the compiler's cache knows
+    arguments alone.
     """
     (rows, inputs), (outputs, rank) = x.shape, up.shape
     outputs //= parts
@@ -149,7 +151,6 @@ def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, sc
         x, grad, down.contiguous(), up.contiguous(), below, above, rows, *counts, scale, x.stride(0), grad.stride(0),
         **shape, **tile,
     )  # fmt: skip
-    splits = _splits(rows, inputs, outputs, parts)
     sums = x.new_empty(splits, up.numel() + down.numel(), dtype=torch.float32)
     tiles = _tiles(inputs, outputs, parts)
     kernels.gradients[(tiles, splits)](
@@ -160,8 +161,7 @@ def _gradients(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, sc
 
 
 @_gradients.register_fake
-def _(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float) -> Tensor:
-    splits = _splits(x.shape[0], x.shape[1], up.shape[0] // parts, parts)
+def _(x: Tensor, grad: Tensor, down: Tensor, up: Tensor, parts: int, scale: float, splits: int) -> Tensor:
     return x.new_empty(splits, up.numel() + down.numel(), dtype=torch.float32)
 
 
