@@ -93,6 +93,7 @@ TASKS = {
     "recipe-transformer": Task(
         f"{_BENCH}/bundled_recipe.py features transformer folder evaluate --from-bundled vae", 560
     ),
+    "kernels": Task(f"{_BENCH}/bench_kernels.py --sweep", 120),
     "small-training": Task(f"{_BENCH}/bench_small_training.py", 200),
     "fp8-band": Task(f"{_BENCH}/fp8_loss_band.py", 560),
     "cold-512": Task(f"{_BENCH}/cold_start.py --row cold-512", 500),

@@ -278,6 +278,21 @@ def test_dreambooth_proof(few_pictures: Path, tmp_path: Path, table_of: Callable
 
 
 @pytest.mark.slow
+def test_kernels(tmp_path: Path) -> None:
+    program = [sys.executable, "benchmarks/bench_kernels.py", "--tiny", "--device", "cpu", "--shapes", "1 x 512 px"]
+    program += ["--sweep", "--kernels", "FP8 of a row", "LoRA, sums", "--output", str(tmp_path / "out.json")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}  # read where Triton is imported
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows[0]["kernel"] == "copy"
+    swept = {name: [row for row in rows if row["kernel"] == name] for name in ("FP8 of a row", "LoRA, sums")}
+    assert [len(found) for found in swept.values()] == [4, 4]
+    assert all([row["used"] for row in found] == [True, False, False, False] for found in swept.values())
+    assert all(row["us"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_finetuning(tmp_path: Path, table_of: Callable[..., str]) -> None:
     options = ["--tiny", "--device", "cpu", "--kernels", "--profile", "--output", tmp_path / "out.json"]
     run("benchmarks/bench_finetuning.py", *options)
