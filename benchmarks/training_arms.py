@@ -27,7 +27,7 @@ from diffusion.ranks import Ranks
 from diffusion.training import Reporting, Trainer, denoising_objective
 
 # Options of the config by arm, the one place that knows the fastest.
-_KERNELS = {"attention": "auto", "text": "packed", "bf16_stream": True}
+_KERNELS = {"attention": "auto", "text": "spare", "bf16_stream": True, "fused": True}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {"compile": True, "kernels": {**_KERNELS}},
     "ours-fp8": {"compile": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},
