@@ -159,10 +159,7 @@ def lora_cases(device: Any, rows: int, width: int) -> Iterator[tuple[str, Case]]
     """Sums of weights and gradients of factors of the layers on image tokens of a block, q, k and v as one."""
     from diffusion.models.kernels import low_rank
 
-    layers = []
-    for inputs, outputs, parts in ((width, width, 3), *[(width, width, 1)] * 3, (width, 4 * width, 1)):
-        layers.append((inputs, outputs, parts))
-    layers.append((4 * width, width, 1))
+    layers = [(width, width, 3), *[(width, width, 1)] * 3, (width, 4 * width, 1), (4 * width, width, 1)]
     given = [
         (
             [halves(device, outputs, inputs) for _ in range(parts)],
@@ -174,9 +171,12 @@ def lora_cases(device: Any, rows: int, width: int) -> Iterator[tuple[str, Case]]
         for inputs, outputs, parts in layers
     ]
 
+    weights = [weight for weights, *_ in given for weight in weights]
+    downs = [down for weights, downs, *_ in given for down in downs.chunk(len(weights))]
+    ups = [up for weights, _, ups, *_ in given for up in ups.chunk(len(weights))]
+
     def sums() -> None:
-        for weights, down, up, _, _ in given:
-            low_rank._summed_weight(weights, down, up, 1.0)
+        low_rank._summed_weights(weights, downs, ups, [1.0] * len(weights))
 
     def gradients() -> None:
         for weights, down, up, x, grad in given:
@@ -184,9 +184,8 @@ def lora_cases(device: Any, rows: int, width: int) -> Iterator[tuple[str, Case]]
             splits = low_rank._splits(rows, inputs, outputs, len(weights))
             low_rank._gradients(x, grad, down, up, len(weights), 1.0, splits).sum(0)
 
-    weights = sum(weight.nbytes for weights, *_ in given for weight in weights)
     tiles = [{"OUT": out, "IN": into, "num_warps": 4} for out, into in ((32, 64), (64, 64), (32, 128), (16, 128))]
-    yield "LoRA, sums", Case(sums, 2 * weights, (low_rank, "_SUM"), tiles)
+    yield "LoRA, sums", Case(sums, 2 * sum(weight.nbytes for weight in weights), (low_rank, "_SUM"), tiles)
     moved = 2 * sum(x.nbytes + grad.nbytes for *_, x, grad in given)
     places: list[tuple[str, str, list[Any]]] = [
         ("tile of products", "_GRADIENTS", [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.adapters.factors import Adapter, Factors, require_base
-from diffusion.adapters.lean import make_lean
+from diffusion.adapters.lean import make_lean, stop_sums, sum_ahead
 from diffusion.adapters.splitting import join_projections, split_projections
 from diffusion.checkpoints import module_names
 from diffusion.errors import CheckpointError, ConfigError
@@ -56,6 +56,7 @@ def start_lora(
     )
     inject_adapter_in_model(config, network, adapter_name=DEFAULT)
     make_lean(network)
+    sum_ahead(network)
     for parameter in adapter_parameters(network).values():
         parameter.data = parameter.data.float()
 
@@ -209,6 +210,7 @@ def remove_adapters(network: PixArt) -> None:
             setattr(network.get_submodule(owner), attribute, wrapper.get_base_layer())
     if hasattr(network, "peft_config"):
         del network.peft_config
+    stop_sums(network)
     join_projections(network)
 
 

@@ -1,8 +1,9 @@
 """Leaner ways through a LoRA layer than peft's, which casts, scales and adds, each a pass over all activations.
 
 Two products, the second of which adds itself to the base's output; or, where factors train in bfloat16 on a GPU, one
-product with the sum of the weights (`diffusion.models.kernels.low_rank`). What is computed is the same, but for
-rounding; DoRA, convolutions and layers with several acting adapters go peft's way.
+product with the sum of the weights (`diffusion.models.kernels.low_rank`), which a block makes for all of its layers at
+once when it begins. What is computed is the same, but for rounding; DoRA, convolutions and layers with several acting
+adapters go peft's way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion.models.kernels.low_rank import LowRank, summed_linear, takes_sum
+from diffusion.models.kernels.low_rank import LowRank, can_sum, summed_linear, summed_weights, takes_sum
 
 
 def make_lean(network: nn.Module) -> None:
@@ -27,13 +28,68 @@ def make_lean(network: nn.Module) -> None:
             module.__class__ = _lean_linear()  # peft offers no way to say which class it shall make
 
 
+def sum_ahead(network: Any) -> None:
+    """Let each block of a network that trains sum up all weights of its LoRA layers in one launch when it begins."""
+    stop_sums(network)
+    for block in network.blocks:
+        sums = _SumsAhead(block)
+        block.register_forward_pre_hook(sums.begin)
+        block.register_forward_hook(sums.end)
+
+
+def stop_sums(network: Any) -> None:
+    """Undo `sum_ahead`."""
+    for block in network.blocks:
+        for hooks in (block._forward_pre_hooks, block._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), _SumsAhead):
+                    del hooks[key]
+
+
 def by_sum(layers: Sequence[Any], x: Tensor) -> Tensor | None:
     """The outputs of layers that read the same x, one after another, by a sum of their weights; None = not possible."""
+    parts = _low_rank(layers)
+    if parts is None or not takes_sum(x, parts):
+        return None
+    return summed_linear(x, parts, layers[0].ahead)
+
+
+def _low_rank(layers: Sequence[Any]) -> list[LowRank] | None:
+    """Weights and factors of layers, of all or none."""
     if not torch.is_grad_enabled():  # strengths may change, which compiled blocks must not look at
         return None
     parts = [layer.low_rank() if hasattr(layer, "low_rank") else None for layer in layers]
     given = [part for part in parts if part is not None]
-    return summed_linear(x, given) if len(given) == len(parts) and takes_sum(x, given) else None
+    return given if len(given) == len(parts) else None
+
+
+class _SumsAhead:
+    """Hooks of a block; of layers that go together, the first keeps the sum."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.groups: list[list[Any]] = []
+        module: Any
+        for module in block.modules():
+            parts = module.parts() if hasattr(module, "part_names") else [module]  # of a splitting.SplitProjection
+            if all(hasattr(part, "low_rank") and not self._has(part) for part in parts):
+                self.groups.append(parts)
+
+    def _has(self, layer: nn.Module) -> bool:
+        return any(layer is part for group in self.groups for part in group)
+
+    def begin(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        summed: list[tuple[Any, list[LowRank]]] = []
+        for layers in self.groups:
+            parts = _low_rank(layers)
+            if parts is not None and can_sum(arguments[0].device, parts):
+                summed.append((layers[0], parts))
+        if summed:
+            for (layer, _), total in zip(summed, summed_weights([parts for _, parts in summed])):
+                layer.ahead = total
+
+    def end(self, block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        for layers in self.groups:  # one that is called outside of its block sums up what its weights are then
+            layers[0].ahead = None
 
 
 @cache
@@ -43,6 +99,8 @@ def _lean_linear() -> Any:
 
     class LeanLinear(Linear):
         """y = base(x) + scale * (x down^T) up^T: x (..., in) -> (..., out)."""
+
+        ahead: Tensor | None = None  # the sum of its weights, or of all parts of its projection, while its block runs
 
         def set_scale(self, adapter: str, scale: float) -> None:
             super().set_scale(adapter, scale)

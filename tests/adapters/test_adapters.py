@@ -234,6 +234,19 @@ def test_the_lean_way_is_pefts(dtype: torch.dtype) -> None:
         assert (gradient - found[1][1][name]).norm() <= close, name
 
 
+def test_sums_ahead_are_of_the_blocks_own_layers_and_go_with_them() -> None:
+    made = trained(network())
+    twin = copy.deepcopy(made)
+    for block in (made.blocks[1], twin.blocks[1]):
+        (hook,) = block._forward_pre_hooks.values()
+        layers = [layer for group in hook.__self__.groups for layer in group]
+        assert [len(group) for group in hook.__self__.groups] == [3, 1, 1, 2, 1, 1, 1]
+        assert all(any(layer is module for module in block.modules()) for layer in layers)
+    remove_adapters(twin)
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in twin.blocks)
+    assert made.blocks[0]._forward_pre_hooks
+
+
 @torch.no_grad()
 def test_other_strengths_compile_nothing_anew() -> None:
     made = trained(network())

@@ -121,8 +121,11 @@ def of_rounding() -> dict[str, float]:
     """What a sum of weights shows of a change of a tenth of a bfloat16's spacing, and of none."""
     weight, up, down = torch.randn(300, 300).bfloat16(), 2e-4 * torch.randn(300, 3), torch.randn(3, 300)
     change = 2.0 * up @ down
-    seen = low_rank._summed_weight([weight], down, up, 2.0).float() - weight.float()
-    still = low_rank._summed_weight([weight], down, torch.zeros_like(up), 2.0)
+    other = torch.randn(70, 40).bfloat16(), torch.randn(2, 40), torch.zeros(70, 2)  # behind it, of another shape
+    summed = low_rank._summed_weights([weight, other[0]], [down, other[1]], [up, other[2]], [2.0, 1.0])
+    seen = summed[: weight.numel()].view_as(weight).float() - weight.float()
+    assert torch.equal(summed[weight.numel() :].view_as(other[0]), other[0])
+    still = low_rank._summed_weights([weight], [down], [torch.zeros_like(up)], [2.0]).view_as(weight)
     slope = (seen * change).sum() / change.square().sum()
     return {"weight unchanged": (still - weight).abs().max().item(), "mean change": (slope - 1).abs().item()}
 
@@ -152,9 +155,13 @@ def of_adapters() -> dict[str, float]:
 
     with mock.patch.object(lean, "takes_sum", return_value=False):
         plain = distance()
-    with mock.patch.object(low_rank, "_gradients", wraps=low_rank._gradients) as called:
+    with (
+        mock.patch.object(low_rank, "_gradients", wraps=low_rank._gradients) as called,
+        mock.patch.object(low_rank, "_summed_weights", wraps=low_rank._summed_weights) as summed,
+    ):
         errors["LoRA"] = distance() / plain
     assert called.call_count == 17, called.call_count  # seven a block, two of captions, the last
+    assert summed.call_count == 5, summed.call_count  # one a block, two of captions, the last
     network.compile_blocks(dynamic=False, backend="aot_eager", fullgraph=True)
     errors["compiled LoRA"] = distance() / plain
     return errors

@@ -28,7 +28,6 @@ if HAS_TRITON:  # not while the compiler reads a block
     from diffusion.models.kernels import low_rank_triton as kernels
 
 _MOST_COLUMNS = 64  # of all parts' factors, padded; more do not fit into the shared memory of small cards
-_MOST_PARTS = _MOST_COLUMNS // 16
 _FEWEST_ROWS = 64  # of activations; below, the factors' own products are cheaper than a sum of weights
 
 # What the kernels divide their work by, as it was fastest on an H200 at the shapes of XL/2 with rank 16.
@@ -56,13 +55,13 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def takes_sum(x: Tensor, parts: Sequence[LowRank]) -> bool:
+def can_sum(device: torch.device, parts: Sequence[LowRank]) -> bool:
     """Whether `summed_linear` computes these parts: alike, with factors that train, in bfloat16, on a GPU."""
-    if not (can_run(x.device) and torch.is_grad_enabled()):
+    if not (can_run(device) and torch.is_grad_enabled()):
         return False
-    first, kind = parts[0], x.device.type
+    first, kind = parts[0], device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.weight.dtype
-    if dtype != torch.bfloat16 or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+    if dtype != torch.bfloat16:
         return False
     for part in parts:
         alike = part.weight.shape == first.weight.shape and part.down.shape == first.down.shape
@@ -73,31 +72,44 @@ def takes_sum(x: Tensor, parts: Sequence[LowRank]) -> bool:
     return _columns(len(parts), first.down.shape[0]) <= _MOST_COLUMNS
 
 
-def summed_linear(x: Tensor, parts: Sequence[LowRank]) -> Tensor:
+def takes_sum(x: Tensor, parts: Sequence[LowRank]) -> bool:
+    """Whether `summed_linear` is the way to compute these parts of x (..., in)."""
+    return can_sum(x.device, parts) and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+
+
+def summed_weights(groups: Sequence[Sequence[LowRank]]) -> list[Tensor]:
+    """The sums of the parts of each group, (out of all its parts, in), in bfloat16; all by one launch."""
+    parts = [part for group in groups for part in group]
+    downs, ups = [part.down.detach() for part in parts], [part.up.detach() for part in parts]
+    flat = _summed_weights([part.weight.detach() for part in parts], downs, ups, [part.scale for part in parts])
+    pieces = flat.split([sum(part.weight.numel() for part in group) for group in groups])
+    return [piece.view(-1, group[0].weight.shape[1]) for piece, group in zip(pieces, groups)]
+
+
+def summed_linear(x: Tensor, parts: Sequence[LowRank], total: Tensor | None = None) -> Tensor:
     """The outputs of parts that read the same x, one after another, in bfloat16; gradients of x and factors alone.
 
     Args:
         x: (..., in).
+        total: the parts' `summed_weights`; None = summed up here.
     Returns:
         (..., out of all parts).
     """
+    total = summed_weights([parts])[0] if total is None else total
     bias = None if parts[0].bias is None else _joined([part.bias for part in parts]).to(torch.bfloat16)
     down, up = _joined([part.down for part in parts]), _joined([part.up for part in parts])
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _SummedLinear.apply(
-            x.to(torch.bfloat16), bias, down, up, parts[0].scale, *[part.weight for part in parts]
-        )
+        out: Tensor = _SummedLinear.apply(x.to(torch.bfloat16), bias, down, up, parts[0].scale, len(parts), total)
     return out
 
 
 class _SummedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, *weights: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, parts: int, total: Tensor
     ) -> Tensor:
-        total = _summed_weight(weights, down, up, scale)
         ctx.save_for_backward(x, total, down, up)
-        ctx.scale, ctx.parts = scale, len(weights)
+        ctx.scale, ctx.parts = scale, parts
         return F.linear(x, total, bias)
 
     @staticmethod
@@ -109,26 +121,29 @@ class _SummedLinear(torch.autograd.Function):
         both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale, splits).sum(0)
         grad_up, grad_down = both.split([up.numel(), down.numel()])
         factors = grad_down.view_as(down).to(down.dtype), grad_up.view_as(up).to(up.dtype)
-        return grad_x, None, *factors, None, *([None] * ctx.parts)
+        return grad_x, None, *factors, None, None, None
 
 
-@custom_op("pixart::summed_weight", mutates_args=())
-def _summed_weight(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """(out of all parts, in); down (parts * rank, in), up (out of all parts, rank)."""
-    (outputs, inputs), rank = weights[0].shape, up.shape[1]
-    out = weights[0].new_empty(len(weights) * outputs, inputs, dtype=torch.bfloat16)
-    given = [weight.contiguous() for weight in weights]
-    given += given[-1:] * (_MOST_PARTS - len(given))
-    kernels.sum_weight[(triton.cdiv(outputs, _SUM["OUT"]), triton.cdiv(inputs, _SUM["IN"]), len(weights))](
-        *given, down.contiguous(), up.contiguous(), out, outputs, inputs, rank, scale, RANK=_padded(rank), **_SUM
-    )
+@custom_op("pixart::summed_weights", mutates_args=())
+def _summed_weights(
+    weights: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]
+) -> Tensor:
+    """One after another: (out, in) of each layer, whose factors are down (rank, in) and up (out, rank)."""
+    shapes = tuple((*weight.shape, len(down), _padded(len(down))) for weight, down in zip(weights, downs))
+    out = _room(weights)
+    tiles = sum(triton.cdiv(rows, _SUM["OUT"]) * triton.cdiv(width, _SUM["IN"]) for rows, width, *_ in shapes)
+    given = [tuple(tensor.contiguous() for tensor in tensors) for tensors in (weights, downs, ups)]
+    kernels.sum_weights[(tiles,)](*given, tuple(scales), out, SHAPES=shapes, **_SUM)
     return out
 
 
-@_summed_weight.register_fake
-def _(weights: Sequence[Tensor], down: Tensor, up: Tensor, scale: float) -> Tensor:
-    outputs, inputs = weights[0].shape
-    return weights[0].new_empty(len(weights) * outputs, inputs, dtype=torch.bfloat16)
+@_summed_weights.register_fake
+def _(weights: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    return _room(weights)
+
+
+def _room(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].new_empty(sum(weight.numel() for weight in weights), dtype=torch.bfloat16)
 
 
 @custom_op("pixart::low_rank_gradients", mutates_args=())

@@ -13,24 +13,17 @@ import triton.language as tl
 
 
 @triton.jit
-def sum_weight(
-    weight0, weight1, weight2, weight3, down, up, out, outputs, inputs, rank, scale,
+def _sum(
+    weight, down, up, scale, out, tile, outputs: tl.constexpr, inputs: tl.constexpr, rank: tl.constexpr,
     RANK: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """out = weight + scale * up down of each part, in bfloat16, rounded up or down by a fixed draw for each place."""
-    row, column = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.program_id(1) * IN + tl.arange(0, IN)
-    part, r = tl.program_id(2), tl.arange(0, RANK)
+    """A tile of out = weight + scale * up down, in bfloat16, rounded up or down by a fixed draw for each place."""
+    across = (inputs + IN - 1) // IN
+    row, column = tile // across * OUT + tl.arange(0, OUT), tile % across * IN + tl.arange(0, IN)
+    r = tl.arange(0, RANK)
     inside = (row < outputs)[:, None] & (column < inputs)[None, :]
     place = row[:, None] * inputs + column[None, :]
-    if part == 0:
-        total = tl.load(weight0 + place, mask=inside, other=0.0).to(tl.float32)
-    elif part == 1:
-        total = tl.load(weight1 + place, mask=inside, other=0.0).to(tl.float32)
-    elif part == 2:
-        total = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
-    else:
-        total = tl.load(weight3 + place, mask=inside, other=0.0).to(tl.float32)
-    up, down, out = up + part * outputs * rank, down + part * rank * inputs, out + part * outputs * inputs
+    total = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     held = (row < outputs)[:, None] & (r < rank)[None, :]
     ups = tl.load(up + row[:, None] * rank + r[None, :], mask=held, other=0.0).to(tl.float32)
     held = (r < rank)[:, None] & (column < inputs)[None, :]
@@ -41,6 +34,21 @@ def sum_weight(
     # The upper half of a float32 is a bfloat16; carrying into it rounds up, as often as the lower half is large.
     bits = (total.to(tl.uint32, bitcast=True) + (draw >> 16)) & 0xFFFF0000
     tl.store(out + place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def sum_weights(weights, downs, ups, scales, out, SHAPES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+    """Sums of several layers, one after another in `out`; SHAPES: outputs, inputs, rank and RANK of each."""
+    tile, place = tl.program_id(0), 0
+    for layer in tl.static_range(len(SHAPES)):
+        tiles = ((SHAPES[layer][0] + OUT - 1) // OUT) * ((SHAPES[layer][1] + IN - 1) // IN)
+        if (tile >= 0) & (tile < tiles):
+            _sum(
+                weights[layer], downs[layer], ups[layer], scales[layer], out + place, tile, SHAPES[layer][0],
+                SHAPES[layer][1], SHAPES[layer][2], SHAPES[layer][3], OUT, IN,
+            )  # fmt: skip
+        tile -= tiles
+        place += SHAPES[layer][0] * SHAPES[layer][1]
 
 
 @triton.jit
