@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {  # config keys of each
     "dmd": {},
 }
 LORA_SHARE = 0.75
-KERNELS = {"attention": "auto", "bf16_stream": True, "fused": True}  # all that are exact and that a recording takes
+KERNELS = {"attention": "auto", "bf16_stream": True, "fused": True}  # exact ones that ran in recordings
 
 
 def main() -> None:

@@ -59,7 +59,8 @@ def main() -> None:
         samples, tokens = (2, 20) if args.tiny else SHAPES[shape]
         wide = halves(device, samples * tokens, 4 * width)
         rows.append({"kernel": "copy", "shape": shape, **measured(wide.clone, 2 * wide.nbytes, args.repeats, device)})
-        for name, case in cases(device, samples, tokens, width):
+        cases = fused_cases(device, samples, tokens, width), lora_cases(device, samples * tokens, width)
+        for name, case in itertools.chain(*cases):
             if args.kernels is None or name.startswith(tuple(args.kernels)):
                 rows += measure(name, shape, case, args, device)
     write_report(args.output, {"benchmark": "Triton kernels of training, XL/2, bf16", "rows": rows})
@@ -96,11 +97,6 @@ def measured(call: Callable[[], Any], moved: int, repeats: int, device: Any) -> 
         run, repeats = call, 1
     seconds = statistics.median(timed(device, run) for _ in range(5)) / repeats
     return {"us": round(1e6 * seconds, 2), "tb_per_s": round(moved / seconds / 1e12, 3)}
-
-
-def cases(device: Any, samples: int, tokens: int, width: int) -> Iterator[tuple[str, Case]]:
-    yield from fused_cases(device, samples, tokens, width)
-    yield from lora_cases(device, samples * tokens, width)
 
 
 def fused_cases(device: Any, samples: int, tokens: int, width: int) -> Iterator[tuple[str, Case]]:

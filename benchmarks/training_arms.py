@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from abab import Setting
+from bench_training_levers import ARMS
 from pydantic import ValidationError
 from random_parts import Size, as_diffusers, randomise, relative_error
 from timed_training import make_config, write_features
@@ -26,8 +27,8 @@ from diffusion.errors import ConfigError
 from diffusion.ranks import Ranks
 from diffusion.training import Reporting, Trainer, denoising_objective
 
-# Options of the config by arm, the one place that knows the fastest.
-_KERNELS = {"attention": "auto", "text": "spare", "bf16_stream": True, "fused": True}
+# Options of the config by arm, the one place that knows the fastest, which the levers tell.
+_, _KERNELS, _ = ARMS["exact, fused"]
 OURS: dict[str, dict[str, Any]] = {
     "ours": {"compile": True, "kernels": {**_KERNELS}},
     "ours-fp8": {"compile": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},

@@ -84,7 +84,8 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
     if decided.fused and can_run(device):
         importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
     if device.type == "cuda":
-        _activate(decided.attention, decided.head_width, device)
+        if kernels.attention != "auto":  # whose choice has been activated where it was tried
+            _activate(decided.attention, decided.head_width, device)
         if decided.mlp == "quack":
             with _explained("mlp", "quack", "'torch'"):
                 importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
@@ -125,7 +126,7 @@ def is_installed(form: str) -> bool:
 
 
 def _works(attention: str, width: int | None, device: torch.device) -> bool:
-    """Whether a card computes this attention; of a package that is there and fails, says why."""
+    """Activate this attention; whether a card computes it. Of a package that is there and fails, says why."""
     if not is_installed(attention):
         return False
     try:

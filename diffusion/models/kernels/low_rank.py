@@ -118,7 +118,8 @@ class _SummedLinear(torch.autograd.Function):
         rows, tokens = _as_rows(grad), _as_rows(x)
         grad_x = (rows @ total).view_as(x) if ctx.needs_input_grad[0] else None
         splits = _splits(len(rows), tokens.shape[1], up.shape[0] // ctx.parts, ctx.parts)
-        both = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale, splits).sum(0)
+        sums = _gradients(tokens, rows, down, up, ctx.parts, ctx.scale, splits)
+        both = sums.sum(0) if splits > 1 else sums[0]
         grad_up, grad_down = both.split([up.numel(), down.numel()])
         factors = grad_down.view_as(down).to(down.dtype), grad_up.view_as(up).to(up.dtype)
         return grad_x, None, *factors, None, None, None
