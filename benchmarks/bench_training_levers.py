@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "compile": (True, {}, None),
     "bf16 stream": (True, {"bf16_stream": True}, None),
     "attention": (True, {"attention": "auto"}, None),
-    "fa4": (True, {"attention": "fa4", "head_width": 80}, None),
+    "fa4": (True, {"attention": "fa4", "head_width": 96}, None),
     "spare": (True, {"attention": "auto", "text": "spare"}, None),
     "packed": (True, {"attention": "auto", "text": "packed"}, None),
     "fused, eager": (False, {"fused": True, "bf16_stream": True}, None),
@@ -42,12 +42,13 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "exact, fused": (True, {**_EXACT, "fused": True}, None),
     "exact, all": (True, {**_EXACT, "fused": True, "mlp": "quack"}, None),
     "exact, packed": (True, {**_EXACT, "text": "packed"}, None),
-    "exact, fused, fa4": (True, {**_EXACT, "fused": True, "attention": "fa4", "head_width": 80}, None),
+    "exact, fused, fa4": (True, {**_EXACT, "fused": True, "attention": "fa4", "head_width": 96}, None),
+    "exact, all, fa4": (True, {**_EXACT, "fused": True, "mlp": "quack", "attention": "fa4", "head_width": 96}, None),
     "fp8 rowwise": (True, _EXACT, "rowwise"),
     "fp8 rowwise, fused": (True, {**_EXACT, "fused": True}, "rowwise"),
     "fp8 tensorwise": (True, _EXACT, "tensorwise"),
 }
-PROFILED = ("compile", "exact", "exact, fused", "exact, all", "fp8 rowwise", "fp8 rowwise, fused")
+PROFILED = ("compile", "exact", "exact, fused", "exact, all", "exact, all, fa4", "fp8 rowwise", "fp8 rowwise, fused")
 BATCHES = {256: 128, 512: 32, 1024: 8}
 
 
