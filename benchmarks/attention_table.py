@@ -41,11 +41,14 @@ def measure_attention(device: Any, *, repeats: int = 20, tiny: bool = False) -> 
         if not is_installed(name):
             rows.append({"attention": name, "error": "not installed"})
             continue
-        use_kernels(choice, Kernels(attention=name))
         for batch, tokens in shapes:
             for what, kernels, text in _cases(name, batch, device):
                 row = {"what": what, "attention": name, "width": kernels.head_width, "batch": batch, "tokens": tokens}
-                rows.append({**row, **_rates(device, kernels, text, batch, tokens, repeats)})
+                try:
+                    use_kernels(choice, kernels)  # a package may be wrong at some widths, and is refused there
+                    rows.append({**row, **_rates(device, kernels, text, batch, tokens, repeats)})
+                except RuntimeError as error:
+                    rows.append({**row, "error": first_line(error)[:120]})
                 print(rows[-1], flush=True)
         if name in ("fa3", "fa4"):
             torch.nn.attention.restore_flash_attention_impl()
@@ -97,14 +100,11 @@ def _rates(device: Any, kernels: Kernels, text: Any, batch: int, tokens: int, re
         for _ in range(repeats):
             torch.autograd.grad(forward(), parts, grad)
 
-    try:
-        grad = torch.randn_like(forward())
-        forward_loop()
-        both_loop()
-        ahead = min(timed(device, forward_loop) for _ in range(3)) / repeats
-        both = min(timed(device, both_loop) for _ in range(3)) / repeats
-    except RuntimeError as error:
-        return {"error": first_line(error)[:120]}
+    grad = torch.randn_like(forward())
+    forward_loop()
+    both_loop()
+    ahead = min(timed(device, forward_loop) for _ in range(3)) / repeats
+    both = min(timed(device, both_loop) for _ in range(3)) / repeats
     flops = 4 * batch * HEADS * tokens * keys * CHANNELS  # padding of captions is counted, so that rows compare
     back = max(both - ahead, 1e-9)
     return {
