@@ -84,8 +84,8 @@ class Garage:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in arm.state()}
         kept = self.kept[id(arm.owner)] = []
         for storage in storages.values():
-            copy = torch.UntypedStorage(storage.nbytes(), device="cpu")
-            copy = copy.pin_memory() if storage.is_cuda else copy
+            pinned = storage.is_cuda  # from torch's cache of pinned memory, which the next turn finds again
+            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
             kept.append((storage, copy.copy_(storage)))
             storage.resize_(0)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ BUNDLED = ROOT / "output/pretrained_models/emoji-256"
 TOKENS = 120
 
 
+PEERS = ("diffusers", "diffusers-compile")
+
+
 @dataclass(frozen=True)
 class Row:
     """What is measured: kind ("train" or "sample"), size in px, solver, steps, guidance, batches to choose from.
 
     float32: the precision of all arms; else a card, and a CPU that has its products, trains in bfloat16.
+    fp8: an arm of ours in FP8, which is lossy, takes part.
     """
 
     kind: str
@@ -45,6 +49,11 @@ class Row:
     guidance: float = 4.5
     bundled: bool = False
     float32: bool = False
+    fp8: bool = False
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return ("ours", *(["ours-fp8"] if self.fp8 else []), *PEERS)
 
     @property
     def title(self) -> str:
@@ -54,12 +63,12 @@ class Row:
 
 
 ROWS = {
-    "train-256": Row("train", 256, (64, 96, 128)),
-    "train-512": Row("train", 512, (16, 24, 32)),
-    "train-1024": Row("train", 1024, (4, 6, 8)),
+    "train-256": Row("train", 256, (64, 96, 128), fp8=True),
+    "train-512": Row("train", 512, (16, 24, 32), fp8=True),
+    "train-1024": Row("train", 1024, (4, 6, 8), fp8=True),
     "sample-256": Row("sample", 256, (1,)),
     "sample-512": Row("sample", 512, (1,)),
-    "sample-1024": Row("sample", 1024, (1,)),
+    "sample-1024": Row("sample", 1024, (1,), fp8=True),
     "lcm-1024": Row("sample", 1024, (1,), "lcm", 4, 1.0),
     "throughput-512": Row("sample", 512, (4, 8, 16, 32)),
     "cpu-train": Row("train", 256, (8, 16), bundled=True),
@@ -68,7 +77,6 @@ ROWS = {
     "cpu-lcm": Row("sample", 256, (1,), "lcm", 4, 1.0, bundled=True),  # an LCM has the shapes of its teacher
     "cpu-throughput": Row("sample", 256, (1, 2, 4), bundled=True),
 }
-ARMS = ("ours", "diffusers", "diffusers-compile")
 
 
 def build_parser() -> ArgumentParser:
@@ -81,8 +89,8 @@ def build_parser() -> ArgumentParser:
     add(
         "--arms",
         nargs="+",
-        default=list(ARMS),
-        help="in this order; ours and its variants (ours-eager, ...), diffusers, diffusers-compile",
+        help="in this order; ours and its variants (ours-eager, ...), diffusers, diffusers-compile (default: the "
+        "row's: ours, where FP8 has a bar ours-fp8, and the peers)",
     )
     add("--batches", type=int, nargs="+", help="pictures a call to choose from, for each arm (default: the row's)")
     add(
@@ -109,10 +117,12 @@ def main() -> None:
         raise ConfigError(f"row {args.row!r} does not exist; {did_you_mean(args.row, list(ROWS))}")
     if args.tiny and args.output is None:
         raise ConfigError("--tiny measures nothing of worth; give its figures a place with --output")
+    row = ROWS[args.row]
+    args.arms = args.arms or row.arms
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, ROWS[args.row], Path(folder))
+        figures = measure(args, row, Path(folder))
     print(table(figures))
-    kind = "compare" if tuple(args.arms) == ARMS else "levers"
+    kind = "compare" if tuple(args.arms) == row.arms else "levers"
     write_report(args.output or ROOT / f"benchmarks/results/{kind}_{args.row}.json", figures)
 
 
@@ -151,6 +161,7 @@ def measure(args: argparse.Namespace, row: Row, folder: Path) -> dict[str, Any]:
         "matmul_tflops": [round(value / 1e12, 3) for value in rates],
         "matmul_tflops_best": round(rate / 1e12, 3),
         "largest_difference_of_arms": error,
+        "kernels": {arm.name: kernels_of(arm.network) for arm in arms if hasattr(arm, "network")},
         "ratios": ratios(rows),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
@@ -169,6 +180,11 @@ def precision_of(row: Row, device: Any) -> Any:
     if row.kind == "train" and row.bundled and cpu_multiplies_bfloat16():
         return torch.bfloat16
     return compute_dtype(device)
+
+
+def kernels_of(network: Any) -> dict[str, Any]:
+    """What a network of ours computes with: `Kernels`, in which "auto" has been decided."""
+    return next(asdict(module.kernels) for module in network.modules() if hasattr(module, "kernels"))
 
 
 def figures_of(result: Any, flops: float, rate: float, kind: str) -> dict[str, Any]:
@@ -191,11 +207,10 @@ def figures_of(result: Any, flops: float, rate: float, kind: str) -> dict[str, A
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Pictures a second of the first arm over each other's."""
-    first, *others = rows
-    return {
-        f"{first['arm']} / {other['arm']}": round(first["images_per_s"] / other["images_per_s"], 4) for other in others
-    }
+    """Pictures a second of the first arm over each other's, and of FP8 over those of the peers."""
+    pairs = [(rows[0], other) for other in rows[1:]]
+    pairs += [(row, peer) for row in rows[1:] if row["arm"] == "ours-fp8" for peer in rows if peer["arm"] in PEERS]
+    return {f"{a['arm']} / {b['arm']}": round(a["images_per_s"] / b["images_per_s"], 4) for a, b in pairs}
 
 
 def training(args: argparse.Namespace, row: Row, folder: Path, device: Any) -> tuple[list[Any], int, float]:
@@ -218,14 +233,14 @@ def training(args: argparse.Namespace, row: Row, folder: Path, device: Any) -> t
         if name in OURS:
             arms.append(OurTraining(name, size, pixels, tokens, settings(batches), folder, device, precision))
             network = network or arms[-1].network
-        elif name in ("diffusers", "diffusers-compile"):
+        elif name in PEERS:
             if network is None:
                 raise ConfigError(f"--arms {' '.join(args.arms)}: an arm of ours must come first; {', '.join(OURS)}")
             shared = shared or DiffusersNetwork(network, device, precision)
             given = settings(batches, peer if name.endswith("compile") else [""])
             arms.append(DiffusersTraining(name, shared, pixels, tokens, given))
         else:
-            raise unknown_arm(name, [*OURS, *ARMS[1:]])
+            raise unknown_arm(name, [*OURS, *PEERS])
     batch = random_batch(1, pixels, tokens, size.text[0], device)
     error = disagreement(network, shared.model, batch, device) if shared is not None else 0.0
     flops = training_flops(network.config, (pixels // 16) ** 2, tokens)
@@ -251,11 +266,11 @@ def sampling(args: argparse.Namespace, row: Row, folder: Path, device: Any) -> t
     for name in args.arms:
         if name in OUR_ARMS:
             arms.append(OurSampling(name, parts, task, settings(batches)))
-        elif name in ("diffusers", "diffusers-compile"):
+        elif name in PEERS:
             modes = peer if name.endswith("compile") else [""]
             arms.append(DiffusersSampling(name, parts, task, settings(batches, modes)))
         else:
-            raise unknown_arm(name, [*OUR_ARMS, *ARMS[1:]])
+            raise unknown_arm(name, [*OUR_ARMS, *PEERS])
     return arms, work(parts, task, TOKENS), largest_difference(parts, task)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -21,6 +22,17 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def kernel_packages() -> dict[str, str]:
+    """Versions of the packages with kernels that are installed; none of them need be."""
+    versions = {}
+    for name in ("flash-attn-3", "flash-attn-4", "quack-kernels"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def write_report(path: Path, figures: dict[str, Any]) -> None:
     """Print the figures and write them with their command, machine and versions as JSON.
 
@@ -36,7 +48,7 @@ def write_report(path: Path, figures: dict[str, Any]) -> None:
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": library_versions(),
+        "versions": library_versions() | kernel_packages(),
     }
     device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     text = json.dumps({**device, **figures, **facts}, indent=1)

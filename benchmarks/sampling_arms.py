@@ -149,6 +149,8 @@ class SamplingArm:
 class OurSampling(SamplingArm):
     """`PixArtPipeline` under the options of `OUR_ARMS`."""
 
+    network: Any
+
     def pipeline(self, setting: Setting) -> PixArtPipeline:
         parts = self.parts
         transformer, vae = (copy.deepcopy(part).to(parts.device) for part in (parts.transformer, parts.vae))
@@ -161,6 +163,7 @@ class OurSampling(SamplingArm):
             vae.decode = lambda latents, **options: decode(latents.contiguous(), **options)
         else:
             fold_upsampling(vae)
+        self.network = transformer
         scheduler = parts.scheduler(self.task.algorithm)
         pipeline = PixArtPipeline(parts.tokenizer, parts.text_encoder, vae, transformer, scheduler)
         make_fast(pipeline, self.name)

@@ -72,7 +72,7 @@ class FastPath:
             return
         self._ready_for, settings = device, self.settings
         on_card = device.type == "cuda" and network.dtype in (torch.bfloat16, torch.float16)
-        use_kernels(network, settings.kernels or (CARD_KERNELS if on_card else Kernels()))
+        use_kernels(network, settings.kernels or (CARD_KERNELS if on_card else Kernels()), gradients=False)
         if settings.graph and device.type != "cuda":
             self.say(f"fast sampling: CUDA graphs need a card of NVIDIA; on {device.type} the loop runs step by step")
         if settings.fp8 and not has_fp8_products(device):

@@ -30,11 +30,11 @@ _PACKAGES = {
     "quack": ("quack", "quack-kernels"),
 }
 
-# Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head). Heads of 72
-# channels cost most kernels what 80 or 96 do. `benchmarks/bench_training_levers.py --parts attention` measures a card.
-# At widths 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; at 96 it is right.
-_BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
-    9: ((512, "fa4", 96), (0, "cudnn", None)),
+# Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head where gradients are
+# needed, and where not). Heads of 72 channels cost most kernels what 80 or 96 do; `bench_training_levers.py --parts
+# attention` measures a card. At 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; not at 96.
+_BEST: dict[int, tuple[tuple[int, str, int | None, int | None], ...]] = {
+    9: ((512, "fa4", 96, 80), (0, "cudnn", None, None)),
 }
 _LARGEST_ERROR = 0.02  # of attention in bf16; kernels that are right stay below 0.005
 
@@ -71,23 +71,26 @@ class Kernels:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | None = None) -> None:
+def use_kernels(
+    network: nn.Module, kernels: Kernels, device: torch.device | None = None, *, gradients: bool = True
+) -> None:
     """Let a network compute by these kernels; "auto" is decided for its training size.
 
     Args:
         network: all of it that has a `kernels` attribute gets the choice.
         device: where it will run; None = where it is.
+        gradients: whether it will be trained; packages are tried, and widths of heads chosen, for that.
     Raises:
         RuntimeError: a package that the choice needs is missing, or fails.
     """
     device = device or next(network.parameters()).device
     config: Any = getattr(network, "config", None)
-    decided = decide(kernels, device, config.base_size**2 if config is not None else 0)
+    decided = decide(kernels, device, config.base_size**2 if config is not None else 0, gradients=gradients)
     if decided.fused and can_run(device):
         importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
     if device.type == "cuda":
         if kernels.attention != "auto":  # whose choice has been activated where it was tried
-            _activate(decided.attention, decided.head_width, device)
+            _activate(decided.attention, decided.head_width, device, gradients=gradients)
         if decided.mlp == "quack":
             with _explained("mlp", "quack", "'torch'"):
                 importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
@@ -96,7 +99,7 @@ def use_kernels(network: nn.Module, kernels: Kernels, device: torch.device | Non
             module.kernels = decided  # type: ignore[assignment]
 
 
-def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
+def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients: bool = True) -> Kernels:
     """The same choice with "auto" replaced by what is best on a device, and without what it cannot do, said once."""
     if kernels.fused and not can_run(device) and device.type != "cpu":
         LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
@@ -108,8 +111,9 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int) -> Kernels:
         return kernels
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        for fewest, attention, width in _BEST.get(major, ()):
-            if num_tokens >= fewest and _works(attention, width, device):
+        for fewest, attention, *widths in _BEST.get(major, ()):
+            width = widths[0 if gradients else 1]
+            if num_tokens >= fewest and _works(attention, width, device, gradients=gradients):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
@@ -127,19 +131,19 @@ def is_installed(form: str) -> bool:
         return False
 
 
-def _works(attention: str, width: int | None, device: torch.device) -> bool:
+def _works(attention: str, width: int | None, device: torch.device, *, gradients: bool) -> bool:
     """Activate this attention; whether a card computes it. Of a package that is there and fails, says why."""
     if not is_installed(attention):
         return False
     try:
-        _activate(attention, width, device)
+        _activate(attention, width, device, gradients=gradients)
     except RuntimeError as error:
         LOGGER.warning("attention='auto': %s", error)
         return False
     return True
 
 
-def _activate(attention: str, width: int | None, device: torch.device) -> None:
+def _activate(attention: str, width: int | None, device: torch.device, *, gradients: bool) -> None:
     """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process.
 
     They compute something known first: their versions do not all fit that of torch, nor each width of a head.
@@ -149,18 +153,19 @@ def _activate(attention: str, width: int | None, device: torch.device) -> None:
     with _explained("attention", attention, "'cudnn'"):
         torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
         try:
-            _check_flash(width or 72, device)
+            _check_flash(width or 72, device, gradients=gradients)
         except Exception:
             torch.nn.attention.restore_flash_attention_impl()
             raise
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
 
 
-def _check_flash(width: int, device: torch.device) -> None:
-    """Attention and its gradients by the FLASH kernel against exact ones.
+def _check_flash(width: int, device: torch.device, *, gradients: bool) -> None:
+    """Attention and, if asked for, its gradients by the FLASH kernel against exact ones.
 
     Args:
         width: channels of a head.
+        gradients: False spares a package that compiles when it is called a second kernel.
     Raises:
         ArithmeticError: one of them is wrong.
     """
@@ -169,13 +174,13 @@ def _check_flash(width: int, device: torch.device) -> None:
         q, k, v, grad = (part.detach().requires_grad_() for part in given)
         with sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(q, k, v)
-        return [output, *torch.autograd.grad(output, (q, k, v), grad)]
+        return [output, *(torch.autograd.grad(output, (q, k, v), grad) if gradients else ())]
 
     with torch.inference_mode(False), torch.enable_grad():
         generator = torch.Generator(device).manual_seed(0)
         given = torch.randn(4, 1, 2, 256, width, generator=generator, device=device).bfloat16()
         ours, exact = results(SDPBackend.FLASH_ATTENTION, given), results(SDPBackend.MATH, given.double())
-    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact, strict=True):
+    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact):
         error = ((found - right).norm() / right.norm()).item()
         if not error < _LARGEST_ERROR:
             what = name if name == "outputs" else f"gradients of {name}"
