@@ -118,9 +118,9 @@ class SamplingArm:
         pipeline, task = self.pipeline(setting), self.task
         pipeline.set_progress_bar_config(disable=True)
         side = task.pixels // 8
-        device = self.parts.device
+        device, dtype = self.parts.device, self.parts.transformer.dtype
         generator = torch.Generator(device).manual_seed(0)
-        noise = torch.randn(setting.batch, 4, side, side, generator=generator, device=device)
+        noise = torch.randn(setting.batch, 4, side, side, generator=generator, device=device, dtype=dtype)
         options = self.options(setting.batch)
 
         @torch.no_grad()

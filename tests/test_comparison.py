@@ -128,6 +128,17 @@ def test_peers_draw_with_their_own_layers(program: Any) -> None:
         assert len(ours) == folded
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arms_draw_in_the_precision_of_their_parts(program: Any, dtype: torch.dtype) -> None:
+    arms, size = program("sampling_arms"), program("random_parts").TINY
+    parts, setting = arms.Parts.random(size, 64, torch.device("cpu"), dtype), program("abab").Setting(1)
+    task = arms.Task(64, arms.prompt_of(parts.tokenizer, 20), steps=2)
+    for cls, name in ((arms.OurSampling, "ours-eager"), (arms.DiffusersSampling, "diffusers")):
+        images = cls(name, parts, task, [setting]).build(setting)()
+        assert images.shape == (1, 3, 64, 64)
+        assert images.isfinite().all()
+
+
 def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tables = importlib.import_module("performance_tables")
