@@ -30,11 +30,11 @@ _PACKAGES = {
     "quack": ("quack", "quack-kernels"),
 }
 
-# Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head where gradients are
-# needed, and where not). Heads of 72 channels cost most kernels what 80 or 96 do; `bench_training_levers.py --parts
-# attention` measures a card. At 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; not at 96.
-_BEST: dict[int, tuple[tuple[int, str, int | None, int | None], ...]] = {
-    9: ((512, "fa4", 96, 80), (0, "cudnn", None, None)),
+# Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head). Heads of 72
+# channels cost most kernels what 80 or 96 do. `benchmarks/bench_training_levers.py --parts attention` measures a card.
+# At widths 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; at 96 it is right.
+_BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
+    9: ((512, "fa4", 96), (0, "cudnn", None)),
 }
 _LARGEST_ERROR = 0.02  # of attention in bf16; kernels that are right stay below 0.005
 
@@ -79,7 +79,8 @@ def use_kernels(
     Args:
         network: all of it that has a `kernels` attribute gets the choice.
         device: where it will run; None = where it is.
-        gradients: whether it will be trained; packages are tried, and widths of heads chosen, for that.
+        gradients: whether it will be trained. Where not, "auto" takes no package: they bring kernels that are compiled
+            when they are called, and a recorded graph with those of FlashAttention-4 b18 crashed.
     Raises:
         RuntimeError: a package that the choice needs is missing, or fails.
     """
@@ -90,7 +91,7 @@ def use_kernels(
         importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
     if device.type == "cuda":
         if kernels.attention != "auto":  # whose choice has been activated where it was tried
-            _activate(decided.attention, decided.head_width, device, gradients=gradients)
+            _activate(decided.attention, decided.head_width, device)
         if decided.mlp == "quack":
             with _explained("mlp", "quack", "'torch'"):
                 importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
@@ -111,9 +112,10 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
         return kernels
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        for fewest, attention, *widths in _BEST.get(major, ()):
-            width = widths[0 if gradients else 1]
-            if num_tokens >= fewest and _works(attention, width, device, gradients=gradients):
+        for fewest, attention, width in _BEST.get(major, ()):
+            if not gradients and attention in _PACKAGES:
+                continue
+            if num_tokens >= fewest and _works(attention, width, device):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
@@ -131,19 +133,19 @@ def is_installed(form: str) -> bool:
         return False
 
 
-def _works(attention: str, width: int | None, device: torch.device, *, gradients: bool) -> bool:
+def _works(attention: str, width: int | None, device: torch.device) -> bool:
     """Activate this attention; whether a card computes it. Of a package that is there and fails, says why."""
     if not is_installed(attention):
         return False
     try:
-        _activate(attention, width, device, gradients=gradients)
+        _activate(attention, width, device)
     except RuntimeError as error:
         LOGGER.warning("attention='auto': %s", error)
         return False
     return True
 
 
-def _activate(attention: str, width: int | None, device: torch.device, *, gradients: bool) -> None:
+def _activate(attention: str, width: int | None, device: torch.device) -> None:
     """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process.
 
     They compute something known first: their versions do not all fit that of torch, nor each width of a head.
@@ -153,19 +155,18 @@ def _activate(attention: str, width: int | None, device: torch.device, *, gradie
     with _explained("attention", attention, "'cudnn'"):
         torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
         try:
-            _check_flash(width or 72, device, gradients=gradients)
+            _check_flash(width or 72, device)
         except Exception:
             torch.nn.attention.restore_flash_attention_impl()
             raise
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
 
 
-def _check_flash(width: int, device: torch.device, *, gradients: bool) -> None:
-    """Attention and, if asked for, its gradients by the FLASH kernel against exact ones.
+def _check_flash(width: int, device: torch.device) -> None:
+    """Attention and its gradients by the FLASH kernel against exact ones.
 
     Args:
         width: channels of a head.
-        gradients: False spares a package that compiles when it is called a second kernel.
     Raises:
         ArithmeticError: one of them is wrong.
     """
@@ -174,13 +175,13 @@ def _check_flash(width: int, device: torch.device, *, gradients: bool) -> None:
         q, k, v, grad = (part.detach().requires_grad_() for part in given)
         with sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(q, k, v)
-        return [output, *(torch.autograd.grad(output, (q, k, v), grad) if gradients else ())]
+        return [output, *torch.autograd.grad(output, (q, k, v), grad)]
 
     with torch.inference_mode(False), torch.enable_grad():
         generator = torch.Generator(device).manual_seed(0)
         given = torch.randn(4, 1, 2, 256, width, generator=generator, device=device).bfloat16()
         ours, exact = results(SDPBackend.FLASH_ATTENTION, given), results(SDPBackend.MATH, given.double())
-    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact):
+    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact, strict=True):
         error = ((found - right).norm() / right.norm()).item()
         if not error < _LARGEST_ERROR:
             what = name if name == "outputs" else f"gradients of {name}"
