@@ -64,6 +64,8 @@ def _cases(name: str, batch: int, device: Any) -> Iterator[tuple[str, Kernels, A
     if name in ("cudnn", "efficient", "torch"):
         yield "text, mask", Kernels(attention=name), mask
     yield "text, spare", Kernels(attention=name, text="spare"), mask
+    if name == "torch":
+        yield "text, direct", Kernels(text="direct"), mask
     if name in ("flash", "torch"):
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         yield "text, packed", Kernels(attention=name, text="packed"), TextLengths(offsets, TEXT)
@@ -77,14 +79,14 @@ def _rates(device: Any, kernels: Kernels, text: Any, batch: int, tokens: int, re
     make = functools.partial(torch.randn, device=device, dtype=dtype)
     q = make(batch, tokens, HEADS, width)
     shape = (int(text.offsets[-1]),) if isinstance(text, TextLengths) else (batch, keys)
-    k, v = (make(*shape, HEADS, width if is_self else CHANNELS) for _ in range(2))
+    pair = make(2, *shape, HEADS, width if is_self else CHANNELS)
     if width > CHANNELS:  # what a projection with padded weights gives
         q[..., CHANNELS:] = 0
         if is_self:
-            k[..., CHANNELS:], v[..., CHANNELS:] = 0, 0
+            pair[..., CHANNELS:] = 0
         elif kernels.text == "spare":
             q[..., CHANNELS] = 1
-    parts = [part.requires_grad_() for part in (q, k, v)]
+    parts = [part.requires_grad_() for part in (q, *(pair if is_self else [pair]))]
 
     def forward() -> torch.Tensor:
         if is_self:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.errors import first_line
+
 _logger = logging.getLogger(__name__)
 
 Work = Callable[[Mapping[str, Tensor]], Tensor]
@@ -90,7 +92,7 @@ class GraphCache:
             try:
                 recorded = RecordedWork(work, tensors, self._pool)
             except RuntimeError as error:
-                _logger.warning("no CUDA graph, the work runs by single launches: %s", str(error).splitlines()[0])
+                _logger.warning("no CUDA graph, the work runs by single launches: %s", first_line(_origin(error)))
                 recorded = work
             self.num_recorded += isinstance(recorded, RecordedWork)
         self._remember(full_key, recorded)
@@ -108,6 +110,21 @@ class GraphCache:
             self._works.popitem(last=False)
 
 
+def _origin(error: BaseException) -> BaseException:
+    """The error that a recording met: the one with which it then ends says no more than that there was one."""
+    while isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
+
+
 def addresses(module: torch.nn.Module) -> tuple[int, ...]:
-    """Where the weights of a module lie."""
-    return tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
+    """Where the weights of a module lie; asked for with every picture, so without torch's walk, which makes names."""
+    found: list[int] = []
+    waiting: list[torch.nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            waiting += part._modules.values()
+            found += [tensor.data_ptr() for tensor in part._parameters.values() if tensor is not None]
+            found += [tensor.data_ptr() for tensor in part._buffers.values() if tensor is not None]
+    return tuple(found)

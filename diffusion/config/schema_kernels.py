@@ -23,10 +23,10 @@ class KernelsConfig(Section):
     head_width: int | None = Field(
         default=None, gt=0, multiple_of=8, description="Pad attention heads to so many channels; None = do not."
     )
-    text: Literal["mask", "spare", "packed"] = Field(
+    text: Literal["mask", "spare", "packed", "direct"] = Field(
         default="mask",
         description="How padding of captions is left out: a mask tensor; a spare channel of the heads, which lets SDPA "
-        "use its fastest kernels; or captions packed one after another.",
+        "use its fastest kernels; captions packed one after another; or direct, Triton kernels that read the mask.",
     )
     fused: bool = Field(
         default=False,

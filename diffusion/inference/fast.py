@@ -58,6 +58,7 @@ class FastPath:
         self.solver_graphs = GraphCache(MAX_GRAPHS)
         self.decoder_graphs = GraphCache(MAX_GRAPHS)  # apart: pictures are decoded beside the next solver loop
         self.text_graphs = GraphCache(MAX_GRAPHS)
+        self._negatives: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._said: set[str] = set()
         self._ready_for: torch.device | None = None
         self._decoder_layout = torch.contiguous_format
@@ -113,7 +114,23 @@ class FastPath:
         if not self.settings.graph or device.type != "cuda" or (plan is not None and plan.text_encoder == "streamed"):
             return {}
         run = partial(self.text_graphs.run, "text", weights=addresses(text_encoder))
-        return {"padded_length": padded_length, "run": run}
+        return {"padded_length": padded_length, "run": run, "fused": not hasattr(text_encoder, "_hf_hook")}
+
+    def negatives(
+        self, key: Hashable, text_encoder: nn.Module, encode: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of negative prompts, which are the same for picture after picture: encoded once.
+
+        Args:
+            key: all that decides them, beside T5's weights, which may be replaced, but not written over.
+            encode: makes them.
+        """
+        full_key = (key, addresses(text_encoder))
+        if full_key not in self._negatives:
+            if len(self._negatives) >= MAX_GRAPHS:
+                self._negatives.clear()
+            self._negatives[full_key] = encode()
+        return self._negatives[full_key]
 
     def can_decode(self, vae: Any) -> bool:
         """Whether `decode` has something to offer: a decoder that draws no noise."""

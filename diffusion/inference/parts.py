@@ -6,7 +6,8 @@ Legend: P prompts, L text tokens, C text width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
     usual_guidance = GUIDANCE_SCALE
     fused_loras: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()  # of which recipes speak
     _residency: Residency | None = None
+    _known_device: torch.device | None = None
 
     def __init__(
         self,
@@ -250,7 +252,18 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
     @property
     def execution_device(self) -> torch.device:
         """Where the parts compute; offloaded ones lie elsewhere in between."""
-        return self._execution_device if self._residency is None else self._residency.device
+        if self._residency is not None:
+            return self._residency.device
+        return self._known_device or self._execution_device
+
+    @contextmanager
+    def _device_known(self) -> Iterator[None]:
+        """Within it the device is asked for once: diffusers walks through all modules to find it, for milliseconds."""
+        before, self._known_device = self._known_device, self.execution_device
+        try:
+            yield
+        finally:
+            self._known_device = before
 
     @property
     def vae_factor(self) -> int:

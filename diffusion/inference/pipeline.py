@@ -150,7 +150,8 @@ class PixArtPipeline(PipelineParts):
             PromptError: an argument outside its range. NumericalError: a stage gives values that are not finite.
         """
         given = dict(locals())
-        output = self._finish(self._draw(given))
+        with self._device_known():
+            output = self._finish(self._draw(given))
         self.maybe_free_model_hooks()
         return output if return_dict else (output.images,)  # type: ignore[return-value]
 
@@ -163,7 +164,8 @@ class PixArtPipeline(PipelineParts):
         beside = torch.cuda.Stream(self.execution_device) if self._decodes_beside else None
         waiting: Drawn | None = None
         for arguments in calls:
-            drawn = self._draw({**_CALL_DEFAULTS, **arguments})
+            with self._device_known():
+                drawn = self._draw({**_CALL_DEFAULTS, **arguments})
             if beside is None:
                 yield self._finish(drawn)
                 continue
@@ -218,10 +220,10 @@ class PixArtPipeline(PipelineParts):
 
     def _finish(self, drawn: Drawn) -> PixArtOutput:
         """Latents to what was asked for. Raises NumericalError."""
-        require_finite(drawn.latents, DENOISED)
         if drawn.request.output_type == "latent":
-            return PixArtOutput(drawn.latents, drawn.recipes)
+            return PixArtOutput(require_finite(drawn.latents, DENOISED), drawn.recipes)
         pixels = self._decode(drawn) if drawn.pixels is None else drawn.pixels
+        require_finite(drawn.latents, DENOISED)  # after the decoder has begun: asking waits for the card
         return PixArtOutput(drawn.pictures(pixels), drawn.recipes)
 
     def recipes(self, prompt: Sequence[str], *, seed: Sequence[int], **arguments: Any) -> list[dict[str, Any]]:
@@ -267,10 +269,13 @@ class PixArtPipeline(PipelineParts):
         texts = request.prompts if embeds is None else []
         needs_null = request.guided and request.null_caption != "stored" and null_embeds is None
         negatives = request.negative_prompts if needs_null else []
+        encode = partial(self.encode_captions, clean_caption=request.clean_caption, max_sequence_length=max_length)
+        if self._fast is not None and negatives:
+            key = (tuple(negatives), request.clean_caption, max_length)
+            null_embeds, null_mask = self._fast.negatives(key, self.text_encoder, partial(encode, negatives))
+            negatives = []
         if texts or negatives:  # one pass through T5, which a memory plan may have to bring for it
-            rows, kept = self.encode_captions(
-                [*texts, *negatives], clean_caption=request.clean_caption, max_sequence_length=max_length
-            )
+            rows, kept = encode([*texts, *negatives])
             if texts:
                 embeds, mask = rows[: len(texts)], kept[: len(texts)]
             if negatives:

@@ -119,8 +119,8 @@ class CrossAttention(nn.Module):
         kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
         width, spare = text_width(kernels, channels, text)
         q = to_heads(self.q_linear, tokens, channels, width, spare)
-        k, v = caption if caption.ndim > 3 else self.keys_values(caption)
-        return from_heads(self.proj, attend_text(q, k, v, text, kernels), channels)
+        pair = caption if caption.ndim > 3 else self.keys_values(caption)
+        return from_heads(self.proj, attend_text(q, pair, text, kernels), channels)
 
     def keys_values(self, caption: Tensor) -> Tensor:
         """(B, L, D) -> (2, B, L, H, D / H), packed (T, D) -> (2, T, H, D / H).

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.devices import HostCopy
 from diffusion.errors import CheckpointError, first_line
 from diffusion.text.int8 import quantize_linears
-from diffusion.text.packed import encode_packed
+from diffusion.text.packed import encode_packed, encode_padded
 
 
 class CaptionEncoder:
@@ -37,12 +37,14 @@ class CaptionEncoder:
         device: str | torch.device | None = None,
         padded_length: Callable[[int], int] = lambda length: length,
         run: Callable[[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]], Tensor] | None = None,
+        fused: bool = False,
     ) -> None:
         """`tokenizer`: a fast transformers tokenizer; `model`: T5EncoderModel; `max_length`: tokens with `</s>`.
 
         `device`: where inputs go; None = where the model lies. An offloaded model lies elsewhere than it computes.
         `padded_length`: what a batch whose longest caption has so many tokens is padded to. `run`: calls the function
-        it is given with the tensors it is given, or does what amounts to it (see `GraphCache`).
+        it is given with the tensors it is given, or does what amounts to it (see `GraphCache`). `fused`: see
+        `encode_padded`; not for a model that hooks move.
         """
         if max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
@@ -52,11 +54,16 @@ class CaptionEncoder:
                 "embeddings; take both from the same pipeline folder"
             )
         self.tokenizer = tokenizer
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        if (
+            model.training or next(model.parameters()).requires_grad
+        ):  # either walks through all modules, for milliseconds
+            model.eval().requires_grad_(False)
         self.max_length = max_length
         self._device = None if device is None else torch.device(device)
         self._padded_length = padded_length
         self._call = run or (lambda work, tensors: work(tensors))
+        self._fused = fused
         self.num_truncated = 0
         self.dropped: list[str] = []
 
@@ -175,8 +182,14 @@ class CaptionEncoder:
         lengths = torch.tensor([len(row) for row in token_ids], device=self.device)
         mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        embeds = self._call(lambda tensors: self.model(**tensors).last_hidden_state, inputs)  # (B, L, C)
+        embeds = self._call(self._encode, inputs)  # (B, L, C)
         return embeds.to(self.dtype), mask
+
+    def _encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self._fused:
+            return encode_padded(self.model, **inputs)
+        embeds: Tensor = self.model(**inputs).last_hidden_state
+        return embeds
 
 
 def make_float16_safe(model: Any) -> Any:

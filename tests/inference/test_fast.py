@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.errors import CheckpointError, PromptError
-from diffusion.graphs import GraphCache, RecordedWork
+from diffusion.graphs import GraphCache, RecordedWork, addresses
 from diffusion.inference import PixArtPipeline, make_scheduler, read_recipe
 from diffusion.inference.batch import sample_to_folder
 from diffusion.inference.conditions import Conditions
@@ -226,6 +226,26 @@ def test_graphs_are_recorded_at_the_second_sight_and_few_are_kept() -> None:
     assert cache.num_recorded == 4
 
 
+def test_work_that_cannot_be_recorded_runs_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(*_: Any) -> None:
+        try:
+            raise RuntimeError("a copy from the host\nand more")
+        finally:
+            raise RuntimeError("a previous error during capture")
+
+    monkeypatch.setattr(RecordedWork, "__init__", record)
+    cache, work = GraphCache(limit=2), Doubling()
+    assert all(torch.equal(cache.run("a", work, {"x": torch.ones(1)}), torch.full((1,), 2.0)) for _ in range(3))
+    assert caplog.messages == ["no CUDA graph, the work runs by single launches: a copy from the host"]
+
+
+def test_addresses_are_those_of_all_weights() -> None:
+    network = tiny_transformer()
+    assert set(addresses(network)) == {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+
+
 def test_keys_tell_runs_apart() -> None:
     network = tiny_transformer()
     runs = [
@@ -246,6 +266,39 @@ def test_captions_are_padded_to_few_lengths(tokens: int, expected: int) -> None:
 
 
 ARGUMENTS = {"num_inference_steps": 3, "seed": 5, "output_type": "pt"}
+
+
+def test_a_call_looks_for_its_device_once(pipeline: PixArtPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def look(self: PixArtPipeline) -> torch.device:
+        asked.append(torch.device("cpu"))
+        return asked[-1]
+
+    monkeypatch.setattr(PixArtPipeline, "_execution_device", property(look))
+    pipeline("a red apple", **ARGUMENTS)
+    assert len(asked) == 1
+    pipeline("a red apple", **ARGUMENTS)
+    assert len(asked) == 2  # it may have been moved in between
+
+
+def test_negative_prompts_are_encoded_once(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, encoded = load_quietly(pipeline_folder), list[str]()
+    encode = pipe.encode_captions
+
+    def watched(captions: list[str], **options: Any) -> Any:
+        encoded.extend(captions)
+        return encode(captions, **options)
+
+    monkeypatch.setattr(pipe, "encode_captions", watched)
+    pipe.enable_fast_sampling()
+    found = [pipe(prompt, negative_prompt="blue", **ARGUMENTS).images for prompt in ("a cat", "a dog", "a cat")]
+    assert encoded == ["blue", "a cat", "a dog", "a cat"]
+    assert torch.equal(found[0], found[2])
+    norm = pipe.text_encoder.encoder.final_layer_norm
+    norm.weight = torch.nn.Parameter(2 * norm.weight)
+    assert not torch.equal(pipe("a cat", negative_prompt="blue", **ARGUMENTS).images, found[0])
+    assert encoded[4:] == ["blue", "a cat"]
 
 
 def test_the_fast_pipeline_draws_the_same_and_says_once_what_it_cannot(

@@ -21,6 +21,7 @@ from diffusion.models.embeddings import ApproxGelu
 from diffusion.models.kernels import (
     FP8Linear,
     Kernels,
+    attend_text,
     fp8,
     gated_residual,
     gelu_mlp,
@@ -90,6 +91,45 @@ def of_networks() -> dict[str, float]:
         network.compile_blocks(dynamic=False, fullgraph=True, disable=name == "launched")
         errors[f"{name} network float32"] = distance(autocast=False)
         errors[f"{name} network autocast"] = distance(autocast=True) / plain
+    return errors
+
+
+def of_captions() -> dict[str, float]:
+    """Attention to captions by the kernels that read the mask: of a few heads, and of a network, with gradients."""
+    errors = {}
+    for name, (queries, keys, heads, width, masked) in {
+        "one tile": (19, 30, 3, 24, True),
+        "no mask": (70, 9, 2, 72, False),
+        "tiles": (70, 150, 1, 72, True),
+        "narrow": (5, 131, 2, 8, True),
+    }.items():
+        kept = torch.arange(keys) < torch.tensor([1, keys - 2])[:, None]
+        text = kept[:, None, None] if masked else None
+        given = torch.randn(B, queries, heads, width), torch.randn(2, B, keys, heads, width)
+
+        def attended(q: Tensor, pair: Tensor, fused: bool, text: Tensor | None = text) -> Tensor:
+            return attend_text(q, pair, text, Kernels(text="direct" if fused else "mask"))
+
+        errors[f"captions, {name}, float32"] = error(attended, list(given), torch.float32)
+        errors[f"captions, {name}, float16"] = error(attended, list(given), torch.float16)
+    network = PixArt(input_size=8, hidden_size=48, depth=2, num_heads=2, caption_channels=16, model_max_length=7)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    mask = torch.arange(7) < torch.tensor([3, 7])[:, None]
+    given = torch.randn(2, 4, 8, 8), torch.tensor([5.0, 700.0]), torch.randn(2, 7, 16)
+
+    def gradients(dtype: torch.dtype, text: str) -> Tensor:
+        model = copy.deepcopy(network).to(dtype)
+        use_kernels(model, Kernels(text=text))
+        model.compile_blocks(dynamic=False, fullgraph=True, disable=text == "mask")
+        output = model(*(part.to(dtype) for part in given), mask)
+        leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.cat([g.flatten().double() for g in torch.autograd.grad(output.double().square().mean(), leaves)])
+
+    exact = gradients(torch.float64, "mask")
+    errors["captions, compiled network float32"] = (
+        (gradients(torch.float32, "direct") - exact).norm() / exact.norm()
+    ).item()
     return errors
 
 
@@ -186,7 +226,7 @@ def main() -> None:
         for name, (function, inputs) in cases.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps(errors | of_networks() | of_fp8() | of_rounding() | of_adapters()))
+    print(json.dumps(errors | of_networks() | of_fp8() | of_rounding() | of_adapters() | of_captions()))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ EXACT = {
     "head width": Kernels(head_width=16),
     "spare channel": Kernels(text="spare"),
     "spare channel and head width": Kernels(text="spare", head_width=24),
+    "direct text where there is no Triton": Kernels(text="direct"),
     "packed text": Kernels(text="packed"),
     "packed text and head width": Kernels(text="packed", head_width=16),
     "fused where there is no Triton": Kernels(fused=True),
@@ -180,13 +181,13 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
     output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
     errors = json.loads(output.stdout)
-    assert len(errors) == 17
+    assert len(errors) == 26
     assert errors.pop("FP8") < 1.7
     assert errors.pop("weight unchanged") == 0
     assert errors.pop("mean change") < 0.15
     assert errors.pop("LoRA") < 1.5
     assert errors.pop("compiled LoRA") < 1.5
-    most = {"float32": 1e-6, "bfloat16": 8e-3, "autocast": 1.5}
+    most = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 8e-3, "autocast": 1.5}
     for name, error in errors.items():
         assert error < most[name.split()[-1]], name
 
@@ -195,7 +196,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from diffusion.models.kernels import fp8_triton, fused, low_rank, low_rank_triton
+from diffusion.models.kernels import few_keys, few_keys_triton, fp8_triton, fused, low_rank, low_rank_triton
 
 def build(kernel, halves, floats, tile, given={}):
     constants = {**tile, **shape}
@@ -230,6 +231,11 @@ floats = ["mean", "rstd", "shift_parts", "scale_parts"]
 build(fused._norm_forward, halves, floats, fused._NORM)
 build(fused._norm_backward, halves, floats, fused._NORM_BACKWARD)
 build(fused._gate_backward, ["grad_out", "update", "gate", "grad_update"], ["gate_parts"], fused._GATE_BACKWARD)
+shape = {"HAS_MASK": True, "ONE_TILE": False, **few_keys._columns(72)}
+halves, kinds = ["q", "k", "v", "out"], {"mask": "*i1", "lse": "*fp32"}
+build(few_keys_triton.attention_forward, halves, [], few_keys._FORWARD, kinds)
+halves += ["grad_out", "grad_q", "grad_k", "grad_v"]
+build(few_keys_triton.attention_backward, halves, ["deltas", "partial"], few_keys._BACKWARD, kinds)
 """
 
 
@@ -238,7 +244,7 @@ def test_kernels_compile_for_a_card_and_fit_into_small_ones() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 15
+    assert len(shared) == 17
     assert max(shared) < 99 * 1024  # bytes that a program may have on cards for games, and more on others
 
 
@@ -330,10 +336,11 @@ def _attention(
         Kernels(attention="auto"),
         Kernels(text="spare", attention="cudnn"),
         Kernels(text="packed"),
+        Kernels(text="direct"),
         Kernels(fused=True),
         Kernels(mlp="quack"),
     ],
-    ids=["auto", "spare channel", "packed text", "fused", "quack"],
+    ids=["auto", "spare channel", "packed text", "direct text", "fused", "quack"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_bf16_on_a_gpu_is_as_exact_as_plain_bf16(kernels: Kernels, compiled: bool) -> None:
@@ -422,5 +429,5 @@ def test_an_unknown_choice_is_named() -> None:
         Kernels(attention="fast")
     with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed"):
         Kernels(text="none")
-    with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, quack"):
+    with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, cublas, quack"):
         Kernels(mlp="fast")

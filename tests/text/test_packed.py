@@ -12,7 +12,7 @@ from transformers import T5Config, T5EncoderModel
 from diffusion.text import make_float16_safe
 from diffusion.text.encoder import _calls
 from diffusion.text.int8 import quantize_linears
-from diffusion.text.packed import encode_packed
+from diffusion.text.packed import encode_packed, encode_padded
 
 ON_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="of a card")
 
@@ -48,6 +48,19 @@ def test_every_caption_is_what_transformers_gives_for_it_alone(lengths: list[int
     if kind == "int8":
         quantize_linears(model)
     torch.testing.assert_close(encode_packed(model, token_ids), alone(model, token_ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gated-gelu", "relu", "int8"])
+@pytest.mark.parametrize("length", [9, 16])
+def test_padded_captions_are_what_transformers_gives_for_them(kind: str, length: int) -> None:
+    model = tiny_t5("gated-gelu" if kind == "int8" else kind)
+    if kind == "int8":
+        quantize_linears(model)
+    ids = torch.randint(64, (3, length), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(length) < torch.tensor([1, 5, length])[:, None]).long()
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(encode_padded(model, ids, mask), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CARD)])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusion.models.kernels.availability import can_run
 from diffusion.models.kernels.choice import Kernels
 from diffusion.models.kernels.heads import widened
 from diffusion.models.kernels.products import attend_by_products, suits
@@ -56,22 +57,32 @@ def attend(
 
 def text_width(kernels: Kernels, channels: int, text: Tensor | TextLengths | None) -> tuple[int | None, float]:
     """Width of a query head, and the value of its first added channel, that `attend_text` works best with."""
+    if kernels.text == "direct":
+        return None, 0.0
     if kernels.text == "spare" and isinstance(text, Tensor):
         return kernels.head_width or -(-(channels + 1) // 8) * 8, 1.0
     return (None if isinstance(text, TextLengths) else kernels.head_width), 0.0
 
 
-def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | None, kernels: Kernels) -> Tensor:
+def attend_text(q: Tensor, pair: Tensor, text: Tensor | TextLengths | None, kernels: Kernels) -> Tensor:
     """Image tokens attend to the tokens of their caption.
 
     Args:
-        q: (B, N, H, c), or wider as `text_width` says. k, v: (B, L, H, c), or (T, H, c) of packed captions.
+        q: (B, N, H, c), or wider as `text_width` says.
+        pair: keys and values, (2, B, L, H, c), or (2, T, H, c) of packed captions.
         text: (B, 1, 1, L) bool, True = keep; None = all; or the lengths of packed captions.
     Returns:
         of the shape of q.
     """
+    k, v = pair
     if isinstance(text, TextLengths):
         return _attend_packed(q, k, v, text, kernels)
+    if kernels.text == "direct":
+        if not _reads_masks(q):
+            return attend(q, k, v, Kernels(kernels.attention), mask=text)
+        from diffusion.models.kernels.few_keys import attend_few  # needs Triton
+
+        return attend_few(q, pair, None if text is None else text[:, 0, 0])
     channels = k.shape[-1]
     width, spare = text_width(kernels, channels, text)
     if spare:
@@ -81,6 +92,11 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, text: Tensor | TextLengths | No
         q = widened(q, width, spare)
     k, v = (widened(part, q.shape[-1]) for part in (k, v))
     return attend(q, k, v, kernels, mask=text, channels=channels)
+
+
+def _reads_masks(q: Tensor) -> bool:
+    """Whether the kernels of `few_keys` are made for such queries."""
+    return can_run(q.device) and (q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda) and q.shape[-1] <= 128
 
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, text: TextLengths, kernels: Kernels) -> Tensor:

@@ -20,8 +20,8 @@ from diffusion.errors import first_line
 from diffusion.models.kernels.availability import can_run
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
-TEXTS = ("mask", "spare", "packed")
-MLPS = ("torch", "quack")
+TEXTS = ("mask", "spare", "packed", "direct")
+MLPS = ("torch", "cublas", "quack")
 LOGGER = logging.getLogger(__name__)
 # Module and name of what kernels come in.
 _PACKAGES = {
@@ -51,10 +51,10 @@ class Kernels:
             as it is. Exact: padded weights have no gradient.
         text: how cross-attention leaves out padding: "mask" (a mask tensor, which keeps SDPA from its fastest kernels),
             "spare" (a spare channel pushes padded keys away; no mask tensor), "packed" (captions of different lengths
-            one after another, without padding).
+            one after another, without padding), "direct" (Triton kernels that read the mask, on a GPU).
         fused: norm, modulation, gate, residual and GELU as Triton kernels with one pass each way, on a GPU.
-        mlp: the feed-forward layer by "torch", or with the GELU inside its products: "quack" (a package of its own, on
-            Hopper cards, for half precision).
+        mlp: the feed-forward layer by "torch", or with the GELU inside its products: "cublas" (without gradients alone,
+            else as "torch"), "quack" (a package of its own, on Hopper cards, for half precision).
         bf16_stream: keep the tokens between blocks in bfloat16 under bf16 autocast, instead of float32.
     """
 
@@ -87,8 +87,10 @@ def use_kernels(
     device = device or next(network.parameters()).device
     config: Any = getattr(network, "config", None)
     decided = decide(kernels, device, config.base_size**2 if config is not None else 0, gradients=gradients)
-    if decided.fused and can_run(device):
-        importlib.import_module("diffusion.models.kernels.fused")  # not while the compiler reads a block
+    if can_run(device):  # not while the compiler reads a block
+        for name, is_used in (("fused", decided.fused), ("few_keys", decided.text == "direct")):
+            if is_used:
+                importlib.import_module(f"diffusion.models.kernels.{name}")
     if device.type == "cuda":
         if kernels.attention != "auto":  # whose choice has been activated where it was tried
             _activate(decided.attention, decided.head_width, device)

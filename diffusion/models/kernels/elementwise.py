@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from diffusion.models.kernels.availability import can_run
@@ -60,26 +61,39 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool 
 
 
 def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Tensor:
-    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); fused, for inference: in the product's epilogue."""
+    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); fused, without gradients: in the product."""
     if fused and tokens.is_cuda and type(layer) is nn.Linear and not torch.is_grad_enabled():
         dtype = _product_dtype(tokens)
         weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
         rows = tokens.to(dtype).flatten(0, -2)
-        return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).unflatten(0, tokens.shape[:-1])
+        out: Tensor = _gelu_linear(rows, weight, bias)
+        return out.unflatten(0, tokens.shape[:-1])
     return F.gelu(layer(tokens), approximate="tanh")
+
+
+@custom_op("pixart::gelu_linear", mutates_args=())
+def _gelu_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """An operator of its own: the compiler takes torch's apart again."""
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+
+
+@_gelu_linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torch") -> Tensor:
     """Two linear layers with a GELU (tanh) between them: `Mlp`, (B, N, D) -> (B, N, D).
 
     Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
-    keeps nothing of the GELU in between. `form` is `Kernels.mlp`; layers in FP8 have a form of their own.
+    keeps nothing of the GELU in between. `form` is `Kernels.mlp`; layers in FP8 have a form of their own. Where no
+    gradient is asked for, it takes the form "cublas".
     """
     if fused and tokens.device.type == "cpu" and torch.compiler.is_compiling() and is_tanh_gelu(mlp.act):
         hidden: Tensor = mlp.fc1(tokens)
         return mlp.fc2(_LogisticGelu.apply(hidden))
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-    if fused and is_plain and not torch.is_grad_enabled():
+    if (fused or form == "cublas") and is_plain and not torch.is_grad_enabled():
         return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
     if _rounds_by_row(mlp.fc1) and _rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
         from diffusion.models.kernels.fp8_mlp import gelu_mlp as compute
