@@ -146,12 +146,18 @@ class WeightAverage:
         state = trained_state(model) if keys is None else model.state_dict()
         self.tensors = {key: state[key].detach().clone() for key in (state if keys is None else keys)}
 
-    def update(self, model: nn.Module) -> None:
-        """Fold in the current weights."""
+    @property
+    def next_weight(self) -> float:
+        """Share that the next weights have in the average."""
+        count = self.num_updates + 1
+        return 1 - (min(self.rate, (1 + count) / (10 + count)) if self.warm_up else self.rate)
+
+    def update(self, model: nn.Module, *, done: Collection[str] = ()) -> None:
+        """Fold in the current weights; those of the keys in `done` have been, with `next_weight`."""
+        weight = self.next_weight
         self.num_updates += 1
-        early = (1 + self.num_updates) / (10 + self.num_updates)
-        rate = min(self.rate, early) if self.warm_up else self.rate
-        blend(self.tensors, live_tensors(model), 1 - rate)
+        rest = {key: tensor for key, tensor in self.tensors.items() if key not in done} if done else self.tensors
+        blend(rest, live_tensors(model), weight)
 
     @torch.no_grad()
     def live_in(self, model: nn.Module) -> None:

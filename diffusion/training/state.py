@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,11 @@ from diffusion.errors import CheckpointError, StorageError
 from diffusion.models import PixArt
 from diffusion.training import posthoc_snapshots
 from diffusion.training.family import Family
+from diffusion.training.fused_update import FusedUpdate
 from diffusion.training.host_copy import HostCopies
-from diffusion.training.optimization import WeightAverage
+from diffusion.training.optimization import WeightAverage, update_unless
 from diffusion.training.posthoc_snapshots import PosthocAverages, write_averages
-from diffusion.training.sharding import is_sharded, whole_copy
+from diffusion.training.sharding import is_sharded, on_shards, whole_copy
 from diffusion.training.verdict import Verdict
 
 TRAINER_FILE = "trainer.json"
@@ -47,19 +48,36 @@ class RunState:
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
     posthoc: PosthocAverages | None = None
+    fused_update: FusedUpdate | None = None
     step: int = 0
     skipped_steps: int = 0
     observe: Callable[[Verdict], None] | None = None
     family: Family = field(default_factory=Family)
     _verdict: Verdict | None = None
+    _averaged: Collection[str] = ()
 
     @property
     def updates(self) -> int:
         """Optimiser steps that changed the weights: the position in the learning-rate schedule."""
         return self.step - self.skipped_steps
 
+    def update(self, verdict: Verdict, clip: float | None) -> None:
+        """Clip the gradients and take the optimiser's step, or leave all as it is if the verdict says so.
+
+        Args:
+            clip: what the norm of all gradients may be at most.
+        """
+        fused, self._averaged = self.fused_update, ()
+        if fused is not None and not self.scaler.is_enabled() and fused(verdict.skip, verdict.norm, clip):
+            self._averaged = fused.averaged
+            return
+        with on_shards(self.optimizer) as shards:
+            if clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(shards, clip, verdict.norm)
+            update_unless(verdict.skip, self.optimizer, self.scaler)
+
     def finish_step(self, verdict: Verdict) -> None:
-        """Count a step; its weights enter the averages when the verdict is read."""
+        """Count a step; its weights enter the averages when the verdict is read, where `update` has not done it."""
         self.settle()
         self.step += 1
         self._verdict = verdict
@@ -77,7 +95,7 @@ class RunState:
             self.skipped_steps += 1
         else:
             if self.average is not None:
-                self.average.update(self.network)
+                self.average.update(self.network, done=self._averaged)
             if self.posthoc is not None:
                 self.posthoc.update(self.network, verdict.step)
         if self.observe is not None:

@@ -23,13 +23,13 @@ from diffusion.training.equality import require_equal
 from diffusion.training.family import Family
 from diffusion.training.faults import Faults
 from diffusion.training.finishing import finish_run
+from diffusion.training.fused_update import FusedUpdate
 from diffusion.training.health import Health, Stragglers, explained_out_of_memory
 from diffusion.training.optimization import (
     build_optimizer,
     global_norm,
     lr_factor,
     scaled_learning_rate,
-    update_unless,
 )
 from diffusion.training.parallel import AUTOCAST, place, repeatable_kernels, synchronised_only_if, wrap
 from diffusion.training.posthoc_snapshots import PosthocAverages
@@ -39,7 +39,7 @@ from diffusion.training.reports import Reporting, Reports
 from diffusion.training.requests import Request, Requests, resume_command
 from diffusion.training.run_log import LOGGER, configure_logging
 from diffusion.training.saving import Saver, falls_on
-from diffusion.training.sharding import is_sharded, on_shards
+from diffusion.training.sharding import is_sharded
 from diffusion.training.state import RunState, read_record
 from diffusion.training.verdict import Verdict
 from diffusion.training.watchdog import Watchdog
@@ -158,11 +158,14 @@ class Trainer:
         config = self.config
         use_scaler = config.mixed_precision == "fp16" and self.ranks.device.type == "cuda"
         posthoc = config.posthoc_ema if self.ranks.is_main or is_sharded(network) else None
+        optimizer = build_optimizer(network, config, self.global_batch)
+        average = self.family.build_average(network, config)
         return RunState(
             network=network,
-            optimizer=build_optimizer(network, config, self.global_batch),
+            optimizer=optimizer,
             scaler=torch.amp.GradScaler(self.ranks.device.type, enabled=use_scaler),
-            average=self.family.build_average(network, config),
+            average=average,
+            fused_update=FusedUpdate(network, optimizer, average) if config.kernels.fused else None,
             posthoc=PosthocAverages(network, posthoc.sigma_rels) if posthoc is not None else None,
             family=self.family,
         )
@@ -310,10 +313,7 @@ class Trainer:
             state.settle()  # the step before this one, while the device is busy with this one
             for group in state.optimizer.param_groups:
                 group["lr"] = self._base_lr * self._factor(state.updates)
-            with on_shards(state.optimizer) as shards:
-                if self.config.gradient_clip is not None:
-                    torch.nn.utils.clip_grads_with_norm_(shards, self.config.gradient_clip, verdict.norm)
-                update_unless(verdict.skip, state.optimizer, state.scaler)
+            state.update(verdict, self.config.gradient_clip)
         self.faults.after_step(state.network, step)
         state.finish_step(verdict)
         self.stragglers.end_step()

@@ -31,6 +31,7 @@ from diffusion.models.kernels import (
     use_kernels,
 )
 from diffusion.models.kernels.availability import can_run
+from tests.training.update_cases import difference
 
 B, N, D = 2, 19, 24  # no powers of two, and tokens that do not fill the rows of a program
 
@@ -133,6 +134,12 @@ def of_captions() -> dict[str, float]:
     return errors
 
 
+def of_updates() -> dict[str, float]:
+    """AdamW, clipping and average in one pass beside torch's."""
+    cases = {"clipped": {}, "whole": {"clip": None, "skipped": None}}
+    return {f"update, {name}, float32": difference("cpu", **options) for name, options in cases.items()}
+
+
 def of_fp8() -> dict[str, float]:
     """A feed-forward layer in FP8 whose GELU rounds by itself, beside one of two layers that round: distance to float64
     of the one, divided by that of the other. The interpreter cuts off what a card would round."""
@@ -226,7 +233,7 @@ def main() -> None:
         for name, (function, inputs) in cases.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps(errors | of_networks() | of_fp8() | of_rounding() | of_adapters() | of_captions()))
+    print(json.dumps(errors | of_networks() | of_fp8() | of_rounding() | of_adapters() | of_captions() | of_updates()))
 
 
 if __name__ == "__main__":
