@@ -30,8 +30,8 @@ class KernelsConfig(Section):
     )
     fused: bool = Field(
         default=False,
-        description="On CUDA norms, gates and GELU as Triton kernels, and clipping, AdamW and the average of the weights "
-        "in one pass; on a CPU a faster GELU in compiled blocks.",
+        description="On CUDA norms, gates and GELU as Triton kernels, and clipping, AdamW and the average of the "
+        "weights in one pass; on a CPU a faster GELU in compiled blocks.",
     )
     mlp: Literal["torch", "quack"] = Field(
         default="torch",
