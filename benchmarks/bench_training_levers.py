@@ -42,13 +42,19 @@ ARMS: dict[str, tuple[bool, dict[str, Any], str | None]] = {
     "exact, fused": (True, {**_EXACT, "fused": True}, None),
     "exact, all": (True, {**_EXACT, "fused": True, "mlp": "quack"}, None),
     "exact, packed": (True, {**_EXACT, "text": "packed"}, None),
+    "exact, fused, direct": (True, {**_EXACT, "fused": True, "text": "direct"}, None),
+    "exact, all, direct": (True, {**_EXACT, "fused": True, "mlp": "quack", "text": "direct"}, None),
     "exact, fused, fa4": (True, {**_EXACT, "fused": True, "attention": "fa4", "head_width": 96}, None),
     "exact, all, fa4": (True, {**_EXACT, "fused": True, "mlp": "quack", "attention": "fa4", "head_width": 96}, None),
     "fp8 rowwise": (True, _EXACT, "rowwise"),
     "fp8 rowwise, fused": (True, {**_EXACT, "fused": True}, "rowwise"),
+    "fp8 rowwise, fused, direct": (True, {**_EXACT, "fused": True, "text": "direct"}, "rowwise"),
     "fp8 tensorwise": (True, _EXACT, "tensorwise"),
 }
-PROFILED = ("compile", "exact", "exact, fused", "exact, all", "exact, all, fa4", "fp8 rowwise", "fp8 rowwise, fused")
+PROFILED = (
+    "compile", "exact", "exact, fused", "exact, all", "exact, all, direct", "exact, all, fa4", "fp8 rowwise",
+    "fp8 rowwise, fused", "fp8 rowwise, fused, direct",
+)  # fmt: skip
 BATCHES = {256: 128, 512: 32, 1024: 8}
 
 
@@ -168,6 +174,7 @@ class Bench:
         from timed_training import TINY, make_config, write_features
 
         from diffusion.training import Reporting, Trainer, denoising_objective
+        from diffusion.training.fused_update import FusedUpdate
 
         self.batch_size = args.batch_size or (2 if args.tiny else BATCHES[pixels])
         channels = TINY["caption_channels"] if args.tiny else 4096
@@ -177,7 +184,9 @@ class Bench:
         self.trainer = Trainer(
             config, denoising_objective, folder / "run", reporting=Reporting(tensorboard=False), ranks=ranks
         )
-        self.device, self.network = ranks.device, self.trainer.state.network
+        state = self.trainer.state
+        self.device, self.network = ranks.device, state.network
+        self.update = FusedUpdate(state.network, state.optimizer, state.average)
         self.blocks = list(self.network.blocks)
         self.compiled = [block._compiled_call_impl for block in self.blocks]
         self.plain = {
@@ -207,6 +216,7 @@ class Bench:
         if fp8 is not None:
             use_fp8(self.network, fp8)
         use_kernels(self.network, Kernels(**kernels), self.device)
+        self.trainer.state.fused_update = self.update if kernels.get("fused") else None
         for block, call in zip(self.blocks, self.compiled):
             block._compiled_call_impl = call if compiled else None
 
@@ -230,7 +240,7 @@ class Bench:
 
         self.trainer.state.settle()
         self.trainer.lock.release()
-        del self.trainer, self.network, self.blocks, self.compiled, self.plain, self.batches
+        del self.trainer, self.update, self.network, self.blocks, self.compiled, self.plain, self.batches
         torch._dynamo.reset()
         self.free()
 

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion.models.kernels import Kernels, TextLengths, attend, attend_text, from_heads, text_width, to_heads
+from diffusion.models.kernels import (
+    Kernels,
+    TextLengths,
+    attend,
+    attend_text,
+    from_heads,
+    text_width,
+    to_heads,
+    to_qkv,
+)
 from diffusion.models.token_sharing import TokenSharing
 
 SAMPLINGS = ("conv", "ave", "uniform")
@@ -66,8 +75,7 @@ class SelfAttention(nn.Module):
         """tokens (B, N, D) of a grid of rows x cols tokens -> (B, N, D)."""
         kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
         if self.sr_ratio == 1 and isinstance(self.q_norm, nn.Identity) and not self.fp32:
-            heads = to_heads(self.qkv, tokens, channels, kernels.head_width)  # (B, N, 3 * H, c)
-            q, k, v = heads.chunk(3, dim=2)
+            q, k, v = to_qkv(self.qkv, tokens, channels, kernels.head_width, fused=kernels.fused)  # (B, N, H, c)
             return from_heads(self.proj, self._attend(q, k, v, channels), channels)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)  # each (B, N, D)
         q, k = self.q_norm(q), self.k_norm(k)

@@ -15,7 +15,7 @@ from diffusion.models.kernels.elementwise import (
     residual_norm,
 )
 from diffusion.models.kernels.fp8 import FP8_LAYERS, RECIPES, FP8Linear, use_fp8
-from diffusion.models.kernels.heads import from_heads, to_heads
+from diffusion.models.kernels.heads import from_heads, to_heads, to_qkv
 from diffusion.models.kernels.text import TextLengths, pack
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "residual_norm",
     "text_width",
     "to_heads",
+    "to_qkv",
     "use_fp8",
     "use_kernels",
 ]

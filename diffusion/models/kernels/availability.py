@@ -1,4 +1,4 @@
-"""Where Triton kernels run."""
+"""Where Triton kernels run, and in which precision products do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, slowly
+
+
+def product_dtype(tokens: torch.Tensor) -> torch.dtype:
+    """Precision of matrix products of these tokens: autocast's, where it is on."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
 def can_run(device: torch.device) -> bool:

@@ -88,7 +88,7 @@ def use_kernels(
     config: Any = getattr(network, "config", None)
     decided = decide(kernels, device, config.base_size**2 if config is not None else 0, gradients=gradients)
     if can_run(device):  # not while the compiler reads a block
-        for name, is_used in (("fused", decided.fused), ("few_keys", decided.text == "direct")):
+        for name, is_used in (("fused", decided.fused), ("qkv", decided.fused), ("few_keys", decided.text == "direct")):
             if is_used:
                 importlib.import_module(f"diffusion.models.kernels.{name}")
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.availability import can_run
+from diffusion.models.kernels.availability import can_run, product_dtype
 from diffusion.models.kernels.fp8 import FP8Linear
 
 EPS = 1e-6
@@ -35,7 +35,7 @@ def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, *, fused: bool 
     if fused and can_run(tokens.device):
         from diffusion.models.kernels import fused as kernels
 
-        return kernels.modulated_norm(tokens, shift, scale, _product_dtype(tokens))
+        return kernels.modulated_norm(tokens, shift, scale, product_dtype(tokens))
     return modulate(F.layer_norm(tokens, tokens.shape[-1:], eps=EPS), shift, scale)
 
 
@@ -46,7 +46,7 @@ def residual_norm(
     if fused and can_run(tokens.device):
         from diffusion.models.kernels import fused as kernels
 
-        return kernels.residual_norm(tokens, update, shift, scale, _product_dtype(tokens))
+        return kernels.residual_norm(tokens, update, shift, scale, product_dtype(tokens))
     tokens = tokens + update
     return tokens, modulated_norm(tokens, shift, scale)
 
@@ -63,7 +63,7 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool 
 def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Tensor:
     """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); fused, without gradients: in the product."""
     if fused and tokens.is_cuda and type(layer) is nn.Linear and not torch.is_grad_enabled():
-        dtype = _product_dtype(tokens)
+        dtype = product_dtype(tokens)
         weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
         rows = tokens.to(dtype).flatten(0, -2)
         out: Tensor = _gelu_linear(rows, weight, bias)
@@ -97,13 +97,13 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
         return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
     if _rounds_by_row(mlp.fc1) and _rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
         from diffusion.models.kernels.fp8_mlp import gelu_mlp as compute
-    elif form == "quack" and is_plain and tokens.is_cuda and _product_dtype(tokens) != torch.float32:
+    elif form == "quack" and is_plain and tokens.is_cuda and product_dtype(tokens) != torch.float32:
         from diffusion.models.kernels.epilogues import gelu_mlp as compute
     elif fused and is_plain and can_run(tokens.device):
         from diffusion.models.kernels.fused import gelu_mlp as compute
     else:
         return mlp(tokens)
-    dtype, parts = _product_dtype(tokens), (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    dtype, parts = product_dtype(tokens), (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return compute(tokens.to(dtype), *(part.to(dtype) for part in parts))
 
 
@@ -147,9 +147,3 @@ def _rounds_by_row(layer: nn.Module) -> bool:
 def is_tanh_gelu(activation: nn.Module) -> bool:
     """Whether it is the GELU of PixArt's blocks, which the faster forms compute."""
     return isinstance(activation, nn.GELU) and activation.approximate == "tanh"
-
-
-def _product_dtype(tokens: Tensor) -> torch.dtype:
-    """Precision of matrix products of these tokens: autocast's, where it is on."""
-    device = tokens.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.models.kernels.availability import can_run, product_dtype
+
 
 def to_heads(layer: nn.Module, tokens: Tensor, channels: int, width: int | None = None, spare: float = 0.0) -> Tensor:
     """(B, N, D) -> (B, N, G, channels): a projection, cut into its G heads (or heads of q, k and v).
@@ -23,6 +25,24 @@ def to_heads(layer: nn.Module, tokens: Tensor, channels: int, width: int | None 
     weight = F.pad(layer.weight.unflatten(0, (-1, channels)), (0, 0, 0, width - channels)).flatten(0, 1)
     bias = widened(layer.bias.unflatten(0, (-1, channels)), width, spare).flatten()
     return F.linear(tokens, weight, bias).unflatten(-1, (-1, width))
+
+
+def to_qkv(
+    layer: nn.Module, tokens: Tensor, channels: int, width: int | None = None, *, fused: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, D) -> queries, keys and values, each (B, N, H, channels) or padded up to `width`, by one projection.
+
+    Args:
+        fused: where gradients are asked for, they are joined and summed in one pass (CUDA, Triton, no padding).
+    """
+    plain = type(layer) is nn.Linear and layer.bias is not None and width in (None, channels)
+    if fused and plain and torch.is_grad_enabled() and can_run(tokens.device):
+        from diffusion.models.kernels.qkv import project_qkv
+
+        dtype, weight, bias = product_dtype(tokens), layer.weight, layer.bias
+        return project_qkv(tokens.to(dtype), weight.to(dtype), bias.to(dtype), channels)  # type: ignore[arg-type]
+    q, k, v = to_heads(layer, tokens, channels, width).chunk(3, dim=2)
+    return q, k, v
 
 
 def from_heads(layer: nn.Module, attended: Tensor, channels: int) -> Tensor:
