@@ -139,16 +139,17 @@ def test_arms_draw_in_the_precision_of_their_parts(program: Any, dtype: torch.dt
         assert images.isfinite().all()
 
 
-def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_made_of_results(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tables = importlib.import_module("performance_tables")
     assert tables.readme_table(tmp_path).startswith("Not measured yet: training, 256 px; ")
-    arms = {"ours": 150.0, "diffusers": 50.0, "diffusers-compile": 120.0}
+    arms = {"ours": 150.0, "ours-fp8": 180.0, "diffusers": 50.0, "diffusers-compile": 120.0}
     rows = [
         {"arm": name, "images_per_s": rate, "share": 0.5, "setting": "batch 64", "ms_a_call": 1.0}
         for name, rate in arms.items()
     ]
     facts = {"device": "a card", "versions": {"torch": "2.11", "diffusers": "0.42"}}
+    rows_of_arms = rows
     (tmp_path / "compare_train-256.json").write_text(json.dumps({**facts, "rows": rows}))
     rows = [{"arm": "ours", "images_per_s": 3.0}, {"arm": "ours-without-graph", "images_per_s": 2.0}]
     (tmp_path / "levers_sample-256.json").write_text(json.dumps({**facts, "rows": rows}))
@@ -156,6 +157,15 @@ def test_tables_are_made_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (
         "| training, 256 px | 150 images/s (50 %) | 50 images/s (50 %) | 120 images/s (50 %) | 3.00x, 1.25x |" in table
     )
+    assert "| training, 256 px, FP8 (lossy) | 180 images/s (50 %) | 50 images/s (50 %) | " in table
+    assert table.count("(lossy)") == 1
+    assert program("compare").ratios(rows_of_arms) == {
+        "ours / ours-fp8": 0.8333,
+        "ours / diffusers": 3.0,
+        "ours / diffusers-compile": 1.25,
+        "ours-fp8 / diffusers": 3.6,
+        "ours-fp8 / diffusers-compile": 1.5,
+    }
     assert "Measured on a card, torch 2.11, diffusers 0.42.\n\nNot measured yet: training, 512 px; " in table
     (tmp_path / "compare_train-512.json").write_text(json.dumps({**facts, "device": "another", "rows": []}))
     both = 'Measured on a card, torch 2.11, diffusers 0.42; "training, 512 px": another, torch 2.11, diffusers 0.42.'
