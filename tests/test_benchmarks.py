@@ -139,7 +139,8 @@ def test_training_levers(tmp_path: Path) -> None:
     arms = ["--pixels", 256, "--arms", "eager", "--steps", 1, "--windows", 2]
     run("benchmarks/bench_training_levers.py", "--tiny", *arms, "--out", out)
     result = json.loads(out.read_text())
-    assert {row["what"] for row in result["attention"]} == {"self", "text, mask", "text, spare", "text, packed"}
+    kinds = {"self", "text, mask", "text, spare", "text, packed", "text, direct"}
+    assert {row["what"] for row in result["attention"]} == kinds
     assert not [row for row in result["attention"] if "error" in row]
     eager = result["256 px"]["eager"]
     assert eager["images_per_s"] > 0
