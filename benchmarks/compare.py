@@ -28,8 +28,6 @@ from diffusion.errors import ConfigError, did_you_mean, run_cli
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "output/pretrained_models/emoji-256"
 TOKENS = 120
-
-
 PEERS = ("diffusers", "diffusers-compile")
 
 

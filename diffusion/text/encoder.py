@@ -55,10 +55,8 @@ class CaptionEncoder:
             )
         self.tokenizer = tokenizer
         self.model = model
-        if (
-            model.training or next(model.parameters()).requires_grad
-        ):  # either walks through all modules, for milliseconds
-            model.eval().requires_grad_(False)
+        if model.training or next(model.parameters()).requires_grad:
+            model.eval().requires_grad_(False)  # walks through all modules, for milliseconds of every picture
         self.max_length = max_length
         self._device = None if device is None else torch.device(device)
         self._padded_length = padded_length
