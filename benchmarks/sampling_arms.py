@@ -111,6 +111,8 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
 class SamplingArm:
     """One pipeline that draws the task; its first `build` makes what compiles."""
 
+    calls_to_wake = 1
+
     def __init__(self, name: str, parts: Parts, task: Task, settings: Sequence[Setting]) -> None:
         self.name, self.parts, self.task, self.settings, self.owner = name, parts, task, settings, self
 
@@ -156,7 +158,7 @@ class OurSampling(SamplingArm):
         transformer, vae = (copy.deepcopy(part).to(parts.device) for part in (parts.transformer, parts.vae))
         if self.name == "ours-bfloat16":
             transformer, vae = transformer.bfloat16(), vae.bfloat16()
-        elif self.name != "ours-eager":
+        elif self.name != "ours-eager" and parts.device.type == "cpu":  # as `from_pretrained` does
             use_onednn(transformer)
         if self.name == "ours-plain-decoder":  # diffusers' layers, in the layout that they have where nobody chose one
             decode = vae.decode

@@ -30,11 +30,11 @@ from diffusion.training import Reporting, Trainer, denoising_objective
 
 # Options of the config by arm, the one place that knows the fastest, which the levers tell. Extra packages take part
 # where they are installed: here that of the feed-forward layers, those of attention by "auto".
-_, _KERNELS, _ = ARMS["exact, fused"]
+_, _KERNELS, _ = ARMS["exact, fused, direct"]
 _MLP = {"mlp": "quack"} if is_installed("quack") else {}
 OURS: dict[str, dict[str, Any]] = {
-    "ours": {"compile": True, "kernels": {**_KERNELS, **_MLP}},
-    "ours-fp8": {"compile": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},
+    "ours": {"compile": True, "cuda_graph": True, "kernels": {**_KERNELS, **_MLP}},
+    "ours-fp8": {"compile": True, "cuda_graph": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},
     "ours-compile": {"compile": True},
     "ours-eager": {},
 }
@@ -90,6 +90,7 @@ class OurTraining:
         precision: torch.dtype,
     ) -> None:
         self.name, self.settings, self.owner = name, settings, self
+        self.calls_to_wake = 1
         channels = size.text[0]
         store = folder / f"store-{name}"
         write_features(store, 2, pixels, channels)
@@ -112,14 +113,23 @@ class OurTraining:
             config, denoising_objective, folder / name, reporting=Reporting(tensorboard=False), ranks=ranks
         )
         self.network = randomise(self.trainer.state.network, seed=0)
+        if self.trainer.passes is not None:
+            self.calls_to_wake = 3  # of which the second records
         self.shape = (pixels, tokens, channels, ranks.device)
         self.trainer.begin()
 
     def build(self, setting: Setting) -> Callable[[], Any]:
+        self._forget_graphs()  # of another batch
         batches = itertools.repeat(random_batch(setting.batch, *self.shape))
         return lambda: self.trainer.step_on(batches)
 
+    def _forget_graphs(self) -> None:
+        """They know where tensors lie, and hold memory."""
+        if self.trainer.passes is not None:
+            self.trainer.passes = self.trainer._recorded_passes(self.network)
+
     def state(self) -> Iterable[Tensor]:
+        self._forget_graphs()
         state = self.trainer.state
         state.settle()
         state.optimizer.zero_grad(set_to_none=True)
@@ -182,6 +192,8 @@ class DiffusersNetwork:
 
 class DiffusersTraining:
     """diffusers' network in a plain loop, eager or compiled as its settings say."""
+
+    calls_to_wake = 1
 
     def __init__(
         self, name: str, shared: DiffusersNetwork, pixels: int, tokens: int, settings: Sequence[Setting]

@@ -1,9 +1,11 @@
-"""One meaning of --device and --dtype for all programs, the rate of a device, and the way of results to the host."""
+"""One meaning of --device and --dtype for all programs, the rate of a device, and the way to it and back."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,11 @@ def matmul_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
         if trial:
             best = min(best, (time.perf_counter() - started) / repeats)
     return 2 * size**3 / best
+
+
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, or nested lists of them, as a tensor on a device. A CUDA card is not waited for."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -54,7 +54,7 @@ class CountingArm:
     """An arm whose state is a tensor and a view of it; its calls add to the view."""
 
     def __init__(self, name: str, settings: list[Any], log: list[str], shares: Any = None) -> None:
-        self.name, self.settings, self.log = name, settings, log
+        self.name, self.settings, self.log, self.calls_to_wake = name, settings, log, 1
         self.tensors = shares.tensors if shares else [torch.zeros(4)]
         self.owner = shares.owner if shares else self
         self.view = self.tensors[0][1:3]
@@ -79,10 +79,12 @@ def test_turns_keep_the_states_of_waiting_arms(program: Any) -> None:
     first = CountingArm("A", one, log)
     arms = [first, CountingArm("B", one, log), CountingArm("C", one, log, shares=first)]
     device = torch.device("cpu")
+    arms[1].calls_to_wake = 3
     results = abab.compare(arms, device, windows=3, warm_up=1, seconds=0.0, park=True)
     assert [len(result.seconds) for result in results] == [3, 3, 3]
     order = [name for index, name in enumerate(log) if index == 0 or log[index - 1] != name]
     assert order == ["A", "B", "C"] * 4  # warm-up, then three turns
+    assert log.count("B") == log.count("A") + 3 * 2
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in first.tensors)  # parked after the last turn
 
 

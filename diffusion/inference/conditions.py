@@ -20,6 +20,7 @@ class Conditions:
     """embeds (B, L, C), mask (B, L) True = keep, and keyword arguments with the sizes of a micro-conditioned model.
 
     control: (B, C, h, w) scaled latents that a ControlNet follows, or None.
+    alone: so many captions, the first ones, have one token, which comes first (T5 of an empty text).
     With guidance all have 2B rows, the unconditional half first.
     """
 
@@ -27,6 +28,7 @@ class Conditions:
     mask: Tensor
     sizes: dict[str, Tensor] = field(default_factory=dict)
     control: Tensor | None = None
+    alone: int = 0
 
     def padded(self, length: int) -> Conditions:
         """The same with captions of at least `length` tokens."""

@@ -15,7 +15,7 @@ from diffusion.inference.solvers import accepts_generator, scheduler_predicts, t
 
 Prediction = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
-DENOISED = "the denoised latents"  # name of the stage, for `require_finite`
+EMBEDDED, DENOISED = "the caption embeddings", "the denoised latents"  # names of stages, for `require_finite`
 
 
 @dataclass(frozen=True)

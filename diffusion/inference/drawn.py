@@ -10,21 +10,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.images import crop_box_for, resize_and_crop, to_pil
-from diffusion.inference.denoising import require_finite
+from diffusion.inference.denoising import DENOISED, EMBEDDED, require_finite
 from diffusion.inference.editing import Source
 from diffusion.inference.requests import SamplingRequest
 
 
 @dataclass
 class Drawn:
-    """latents: (B, C, h, w) scaled. pixels: (B, 3, H, W) in [-1, 1], once they are decoded."""
+    """latents: (B, C, h, w) scaled. pixels: (B, 3, H, W) in [-1, 1], once they are decoded. embeds: of the captions."""
 
     request: SamplingRequest
+    embeds: Tensor
     latents: Tensor
     recipes: list[dict[str, Any]]
     generators: list[torch.Generator]
     source: Source | None
     pixels: Tensor | None = None
+
+    def require_finite(self) -> None:
+        """Look at what led to the pictures, the earliest stage first. Raises NumericalError."""
+        require_finite(self.embeds, EMBEDDED)
+        require_finite(self.latents, DENOISED)
 
     def pictures(self, pixels: Tensor) -> Any:
         """(B, 3, H, W) as `output_type` says. Raises NumericalError."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 CAPTION_LENGTHS = (32, 64, 120, 300)  # captions are padded to the next of these: each length has a graph of its own
-CARD_KERNELS = Kernels(attention="auto", text="packed")  # in half precision on CUDA
+CARD_KERNELS = Kernels(attention="auto", text="direct", mlp="cublas")  # in half precision on CUDA
 MAX_GRAPHS = 8  # solver loops kept, by size, batch, caption length, steps and solver
 
 
@@ -59,6 +59,7 @@ class FastPath:
         self.decoder_graphs = GraphCache(MAX_GRAPHS)  # apart: pictures are decoded beside the next solver loop
         self.text_graphs = GraphCache(MAX_GRAPHS)
         self._negatives: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._text_weights: Hashable = None  # addresses of T5's, where this call has asked for them
         self._said: set[str] = set()
         self._ready_for: torch.device | None = None
         self._decoder_layout = torch.contiguous_format
@@ -85,7 +86,7 @@ class FastPath:
             return
         kernel_cache()
         mode = "max-autotune-no-cudagraphs" if settings.autotune else None
-        network.compile_blocks(dynamic=False, fullgraph=True, mode=mode)
+        network.compile_blocks(dynamic=False, fullgraph=True, options=_options(mode))
         if device.type == "cuda" and self.can_decode(vae):
             vae.decoder.compile(dynamic=False, mode=mode)
             if movable:
@@ -113,7 +114,8 @@ class FastPath:
         """Options of `CaptionEncoder` with which T5 runs as a graph: its own launches take longer than its products."""
         if not self.settings.graph or device.type != "cuda" or (plan is not None and plan.text_encoder == "streamed"):
             return {}
-        run = partial(self.text_graphs.run, "text", weights=addresses(text_encoder))
+        self._text_weights = addresses(text_encoder)
+        run = partial(self.text_graphs.run, "text", weights=self._text_weights)
         return {"padded_length": padded_length, "run": run, "fused": not hasattr(text_encoder, "_hf_hook")}
 
     def negatives(
@@ -123,13 +125,14 @@ class FastPath:
 
         Args:
             key: all that decides them, beside T5's weights, which may be replaced, but not written over.
-            encode: makes them.
+            encode: makes them. The prompts of this call have been encoded already, if they had to be.
         """
-        full_key = (key, addresses(text_encoder))
+        weights, self._text_weights = self._text_weights or addresses(text_encoder), None
+        full_key = (key, weights)
         if full_key not in self._negatives:
             if len(self._negatives) >= MAX_GRAPHS:
                 self._negatives.clear()
-            self._negatives[full_key] = encode()
+            self._negatives[full_key], self._text_weights = encode(), None
         return self._negatives[full_key]
 
     def can_decode(self, vae: Any) -> bool:
@@ -257,6 +260,16 @@ def kernel_cache() -> Path:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+def _options(mode: str | None) -> dict[str, Any]:
+    """Of the compiler, for blocks: those of a mode, and a norm that reads a row once where that is faster.
+
+    Without the latter torch gives up on it for rows beyond 1024 numbers, and PixArt's have 1152.
+    """
+    from torch._inductor import list_mode_options
+
+    return {**(list_mode_options(mode) if mode else {}), "triton.multi_kernel": 1}
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -99,7 +99,9 @@ class GuidedPrediction:
     def _embed_text(self, rows: int) -> TextSignal:
         """Of the last rows: those of the captions come after the unconditional ones."""
         conditions = self._conditions
-        return self._network.embed_text(conditions.embeds[-rows:], conditions.mask[-rows:], project=True)
+        embeds, mask = conditions.embeds[-rows:], conditions.mask[-rows:]
+        alone = max(0, rows - len(conditions.embeds) + conditions.alone)
+        return self._network.embed_text(embeds, mask, project=True, alone=alone)
 
     def _embed_time(self, timestep: float, rows: int) -> TimeSignal:
         if self._time is not None:

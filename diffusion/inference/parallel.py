@@ -58,10 +58,14 @@ class SharedForward:
         """See `PixArt.embed_time`; of all rows."""
         return self.network.embed_time(timesteps, **sizes)
 
-    def embed_text(self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False) -> TextSignal:
+    def embed_text(
+        self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False, alone: int = 0
+    ) -> TextSignal:
         """See `PixArt.embed_text`; of the rows that this process draws. Raises PromptError when rows do not divide."""
         self._check_rows(len(caption_embeds))
-        return self.network.embed_text(self._part(caption_embeds), self._part(caption_mask), project=project)
+        alone = alone if self.row_groups == 1 else 0  # a group may have no other rows
+        parts = self._part(caption_embeds), self._part(caption_mask)
+        return self.network.embed_text(*parts, project=project, alone=alone)
 
     def predict(self, latents: Tensor, time: TimeSignal, text: TextSignal, **options: Any) -> Tensor:
         """See `PixArt.predict`: (B, C, h, w) -> (B, C_out, h, w).

@@ -21,7 +21,7 @@ from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import load_vae, vae_factor
 from diffusion.inference.conditions import prepare_prompt, shortened
 from diffusion.inference.control import load_edge_detector, load_networks
-from diffusion.inference.denoising import require_finite
+from diffusion.inference.denoising import EMBEDDED, require_finite
 from diffusion.inference.fast import FastSampling
 from diffusion.inference.folders import (
     GUIDANCE_SCALE,
@@ -254,11 +254,26 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         """Where the parts compute; offloaded ones lie elsewhere in between."""
         if self._residency is not None:
             return self._residency.device
-        return self._known_device or self._execution_device
+        return self._known_device or self._common_card() or self._execution_device
+
+    def _common_card(self) -> torch.device | None:
+        """The card that holds the first weight of every part, where no hook of diffusers or accelerate moves a part.
+
+        diffusers walks through all modules to find that out, for milliseconds of every picture.
+        """
+        devices = set()
+        for name in ("text_encoder", "vae", "transformer", "controlnet", "edge_detector"):
+            part = getattr(self, name)
+            if hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook"):
+                return None
+            if isinstance(part, nn.Module):
+                devices.add(next(part.parameters()).device)
+        device = devices.pop() if len(devices) == 1 else None
+        return device if device is not None and device.type == "cuda" else None
 
     @contextmanager
     def _device_known(self) -> Iterator[None]:
-        """Within it the device is asked for once: diffusers walks through all modules to find it, for milliseconds."""
+        """Within it the device is asked for once."""
         before, self._known_device = self._known_device, self.execution_device
         try:
             yield
@@ -288,16 +303,21 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
         """Encode prompts -> embeds (P, L, C), mask (P, L) True = keep; L the longest.
 
         max_sequence_length: tokens after which a prompt is cut, with a notice; None = the model's (120, or 300).
-        Raises PromptError when T5 was freed.
+        Raises PromptError when T5 was freed, NumericalError when embeddings are not finite.
         """
+        embeds, mask = self._encode_captions(captions, clean_caption, max_sequence_length)
+        return require_finite(embeds, EMBEDDED), mask
+
+    def _encode_captions(self, captions: Sequence[str], clean: bool, max_length: int | None) -> tuple[Tensor, Tensor]:
+        """As `encode_captions`, without a look at the result, for which a card would be waited for."""
         if self.text_encoder is None:
             raise PromptError("this pipeline has no text encoder; give prompt_embeds with prompt_attention_mask")
-        limit = self._max_tokens if max_sequence_length is None else max_sequence_length
+        limit = self._max_tokens if max_length is None else max_length
         self._bring("text_encoder")
         device = self.execution_device
         fast = {} if self._fast is None else self._fast.text_options(self.text_encoder, device, self.memory_plan)
         encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit, device=device, **fast)
-        texts = [prepare_prompt(text, clean=clean_caption) for text in captions]
+        texts = [prepare_prompt(text, clean=clean) for text in captions]
         parts = []
         for start in range(0, len(texts), ENCODE_BATCH):
             parts.append(encoder.encode(texts[start : start + ENCODE_BATCH]))
@@ -305,7 +325,7 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
                 _logger.warning("a prompt was cut at %d tokens; dropped: %s", limit, shortened(dropped))
         length = max(mask.shape[1] for _, mask in parts)
         embeds, masks = zip(*(pad_captions(*part, length) for part in parts))
-        return require_finite(torch.cat(embeds), "the caption embeddings"), torch.cat(masks)
+        return torch.cat(embeds), torch.cat(masks)
 
     def encode_prompt(
         self,

@@ -17,7 +17,7 @@ from diffusion.errors import PromptError
 from diffusion.images import SharedDecoder, decode_latents
 from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
 from diffusion.inference.control import condition_pixels
-from diffusion.inference.denoising import DENOISED, initial_noise, picture_generators, require_finite
+from diffusion.inference.denoising import EMBEDDED, initial_noise, picture_generators, require_finite
 from diffusion.inference.drawn import Drawn
 from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
 from diffusion.inference.fast import padded_length
@@ -216,14 +216,15 @@ class PixArtPipeline(PipelineParts):
         latents = self._sample(request, conditions, noise, generators, source, given["callback_on_step_end"])
         if self._interrupt:
             recipes = [{**recipe, "interrupted": True} for recipe in recipes]
-        return Drawn(request, latents, recipes, generators, source)
+        return Drawn(request, conditions.embeds, latents, recipes, generators, source)
 
     def _finish(self, drawn: Drawn) -> PixArtOutput:
         """Latents to what was asked for. Raises NumericalError."""
         if drawn.request.output_type == "latent":
-            return PixArtOutput(require_finite(drawn.latents, DENOISED), drawn.recipes)
+            drawn.require_finite()
+            return PixArtOutput(drawn.latents, drawn.recipes)
         pixels = self._decode(drawn) if drawn.pixels is None else drawn.pixels
-        require_finite(drawn.latents, DENOISED)  # after the decoder has begun: asking waits for the card
+        drawn.require_finite()  # after the decoder has begun: asking waits for the card
         return PixArtOutput(drawn.pictures(pixels), drawn.recipes)
 
     def recipes(self, prompt: Sequence[str], *, seed: Sequence[int], **arguments: Any) -> list[dict[str, Any]]:
@@ -269,17 +270,18 @@ class PixArtPipeline(PipelineParts):
         texts = request.prompts if embeds is None else []
         needs_null = request.guided and request.null_caption != "stored" and null_embeds is None
         negatives = request.negative_prompts if needs_null else []
-        encode = partial(self.encode_captions, clean_caption=request.clean_caption, max_sequence_length=max_length)
-        if self._fast is not None and negatives:
-            key = (tuple(negatives), request.clean_caption, max_length)
-            null_embeds, null_mask = self._fast.negatives(key, self.text_encoder, partial(encode, negatives))
-            negatives = []
+        encode = partial(self._encode_captions, clean=request.clean_caption, max_length=max_length)
+        kept_negatives = [] if self._fast is None else negatives
+        negatives = [] if kept_negatives else negatives
         if texts or negatives:  # one pass through T5, which a memory plan may have to bring for it
             rows, kept = encode([*texts, *negatives])
             if texts:
                 embeds, mask = rows[: len(texts)], kept[: len(texts)]
             if negatives:
                 null_embeds, null_mask = rows[len(texts) :], kept[len(texts) :]
+        if self._fast is not None and kept_negatives:
+            key = (tuple(kept_negatives), request.clean_caption, max_length)
+            null_embeds, null_mask = self._fast.negatives(key, self.text_encoder, partial(encode, kept_negatives))
         assert embeds is not None and mask is not None  # the request has checked it
         embeds, mask = per_picture(embeds), per_picture(mask)
         if request.guided and request.null_caption == "stored":
@@ -288,8 +290,11 @@ class PixArtPipeline(PipelineParts):
             if len(null_embeds) > 1:
                 null_embeds, null_mask = per_picture(null_embeds), per_picture(null_mask)
             embeds, mask = with_null_caption(embeds, mask, null_embeds, null_mask)
+        if device.type != "cuda":  # there it is asked when the picture is on its way, see `_finish`
+            require_finite(embeds, EMBEDDED)
         sizes = size_conditions(self.transformer, len(embeds), *request.drawn_size, device)
-        return Conditions(embeds, mask, sizes, self._control(request))
+        blank = self._fast is not None and bool(kept_negatives) and not any(text.strip() for text in kept_negatives)
+        return Conditions(embeds, mask, sizes, self._control(request), alone=request.count if blank else 0)
 
     def _source(self, request: SamplingRequest) -> Source | None:
         if request.image is None:
@@ -354,6 +359,7 @@ class PixArtPipeline(PipelineParts):
             request.guided,
             request.guidance_channels,
             request.controlnet_conditioning_scale,
+            alone=conditions.alone,
             embeds_time_ahead=fast is not None,
             shortcuts=None if fast is None else fast.settings.shortcuts,
         )

@@ -28,7 +28,7 @@ class SolverRun:
         steps, first_step: of the solver, and those left out at the beginning.
         guided: with classifier-free guidance; its scale is a tensor among the others.
         guided_channels, condition_strength: see `Guidance`.
-        embeds_time_ahead: see `GuidedPrediction`.
+        alone: see `Conditions`. embeds_time_ahead: see `GuidedPrediction`.
         shortcuts: lossy savings; they need embeds_time_ahead.
     """
 
@@ -39,6 +39,7 @@ class SolverRun:
     guided: bool = False
     guided_channels: int | None = None
     condition_strength: float = 1.0
+    alone: int = 0
     embeds_time_ahead: bool = False
     shortcuts: Shortcuts | None = None
 
@@ -47,7 +48,7 @@ class SolverRun:
         """All that decides what is computed, beside the tensors and the weights."""
         config = json.dumps(dict(self.scheduler.config), sort_keys=True, default=str)
         solver = (type(self.scheduler), config, getattr(self.scheduler, "one_step_timestep", None))
-        guidance = (self.guided, self.guided_channels, self.condition_strength)
+        guidance = (self.guided, self.guided_channels, self.condition_strength, self.alone)
         return (id(self.network), solver, self.steps, self.first_step, guidance, self.shortcuts)
 
     def tensors(
@@ -85,7 +86,7 @@ class SolverRun:
         unconditional: gives the latents that the unconditional half sees instead, before each step.
         """
         sizes = {name: tensors[name] for name in _SIZES if name in tensors}
-        conditions = Conditions(tensors["embeds"], tensors["mask"], sizes, tensors.get("control"))
+        conditions = Conditions(tensors["embeds"], tensors["mask"], sizes, tensors.get("control"), self.alone)
         guidance = Guidance(
             tensors["guidance_scale"] if self.guided else None,
             self.guided_channels,

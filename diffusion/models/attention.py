@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,17 @@ class SelfAttention(nn.Module):
         return rearrange(image, "b d h w -> b (h w) d")
 
 
+class PartlyKnown(NamedTuple):
+    """Captions of which the first B0 have one token, so that what attention gives for them depends on no image token.
+
+    Args:
+        known: (B0, 1, D), of `CrossAttention.of_one_token`. pair: `CrossAttention.keys_values` of the others.
+    """
+
+    known: Tensor
+    pair: Tensor
+
+
 class CrossAttention(nn.Module):
     """Image tokens attend to caption tokens; padding is never attended."""
 
@@ -117,13 +129,17 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, caption: Tensor, text: Tensor | TextLengths | None) -> Tensor:
+    def forward(self, tokens: Tensor, caption: Tensor | PartlyKnown, text: Tensor | TextLengths | None) -> Tensor:
         """Image tokens (B, N, D) and captions to (B, N, D).
 
         Args:
-            caption: (B, L, D), or (T, D) of packed captions; or `keys_values` of it.
-            text: (B, 1, 1, L) bool, True = keep; None = every token; or the lengths of packed captions.
+            caption: (B, L, D), or (T, D) of packed captions; or `keys_values` of it; or captions partly known.
+            text: (B, 1, 1, L) bool, True = keep; None = every token; or the lengths of packed captions. Not of those
+                that are known.
         """
+        if isinstance(caption, PartlyKnown):
+            known = caption.known.expand(-1, tokens.shape[1], -1)
+            return torch.cat([known, self(tokens[len(known) :], caption.pair, text)])
         kernels, channels = self.kernels, tokens.shape[-1] // self.num_heads
         width, spare = text_width(kernels, channels, text)
         q = to_heads(self.q_linear, tokens, channels, width, spare)
@@ -136,6 +152,12 @@ class CrossAttention(nn.Module):
         No timestep enters, so a solver needs them once a picture.
         """
         return self.kv_linear(caption).unflatten(-1, (2, self.num_heads, -1)).movedim(-3, 0)
+
+    def of_one_token(self, caption: Tensor) -> Tensor:
+        """(B, 1, D) -> (B, 1, D): what every image token gets from captions of one token, all of whose weight is 1."""
+        values: Tensor = self.kv_linear(caption).chunk(2, dim=-1)[1]
+        attended: Tensor = self.proj(values)
+        return attended
 
 
 def expand_caption_mask(caption_mask: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.models.attention import PartlyKnown
 from diffusion.models.initialization import zero_
 from diffusion.models.kernels import TextLengths
 from diffusion.models.latent_transformer import compile_blocks
@@ -36,7 +37,7 @@ class ControlBlock(nn.Module):
         self,
         control: Tensor,
         tokens: Tensor,
-        caption: Tensor,
+        caption: Tensor | PartlyKnown,
         text: Tensor | TextLengths | None,
         modulation: Tensor,
         grid: tuple[int, int],
@@ -137,10 +138,12 @@ class ControlPixArt(nn.Module):
         """See `PixArt.embed_time`."""
         return self.base_model.embed_time(timesteps, **sizes)
 
-    def embed_text(self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False) -> TextSignal:
+    def embed_text(
+        self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False, alone: int = 0
+    ) -> TextSignal:
         """See `PixArt.embed_text`; what the control blocks take comes after what those of the base take."""
         copies = [cast(ControlBlock, block).copied_block for block in self.controlnet]
-        return self.base_model.embed_text(caption_embeds, caption_mask, project=project, copies=copies)
+        return self.base_model.embed_text(caption_embeds, caption_mask, project=project, copies=copies, alone=alone)
 
     def predict(
         self,
@@ -161,7 +164,7 @@ class ControlPixArt(nn.Module):
         control = self.base_model.embed_latents(control_latents)  # (B, N, D), by the frozen patch embedding
         captions = text.captions[len(self.base_model.blocks) :]
 
-        def add_control(index: int, tokens: Tensor, caption: Tensor, *arguments: object) -> Tensor:
+        def add_control(index: int, tokens: Tensor, caption: Tensor | PartlyKnown, *arguments: object) -> Tensor:
             nonlocal control
             if not 1 <= index <= len(self.controlnet):
                 return tokens

@@ -13,7 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.attention import CrossAttention, KVCompression, SelfAttention, expand_caption_mask
+from diffusion.models.attention import (
+    CrossAttention,
+    KVCompression,
+    PartlyKnown,
+    SelfAttention,
+    expand_caption_mask,
+)
 from diffusion.models.embeddings import (
     ApproxGelu,
     CaptionEmbedder,
@@ -101,12 +107,12 @@ class TimeSignal(NamedTuple):
 
 
 class TextSignal(NamedTuple):
-    """Captions as the blocks take them: for each block (B, L, D), or `CrossAttention.keys_values`.
+    """Captions as the blocks take them: for each block (B, L, D), `CrossAttention.keys_values`, or partly known.
 
-    mask: of all, (B, 1, 1, L), or the lengths of packed captions.
+    mask: of all that are not known, (B, 1, 1, L), or the lengths of packed captions.
     """
 
-    captions: Sequence[Tensor]
+    captions: Sequence[Tensor | PartlyKnown]
     mask: Tensor | TextLengths | None
 
 
@@ -140,7 +146,7 @@ class PixArtBlock(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        caption: Tensor,
+        caption: Tensor | PartlyKnown,
         text: Tensor | TextLengths | None,
         modulation: Tensor,
         grid: tuple[int, int],
@@ -244,17 +250,27 @@ class PixArt(LatentTransformer):
         *,
         project: bool = False,
         copies: Sequence[PixArtBlock] = (),
+        alone: int = 0,
     ) -> TextSignal:
         """What captions say to the blocks; see `forward`.
 
         Args:
             project: go on to the keys and values of each block, which serve all steps of a solver.
             copies: further blocks that need theirs (of a ControlNet).
+            alone: so many captions, the first ones, keep their first token alone (T5 of an empty text); with `project`
+                their part of cross-attention is worked out here.
         """
-        caption, mask = self._text(self.y_embedder(caption_embeds.to(self.dtype)), caption_mask)
-        blocks = [*self.blocks, *copies]
-        each = [block.cross_attn.keys_values(caption) if project else caption for block in blocks]
-        return TextSignal(each, mask)
+        embeds, blocks = caption_embeds.to(self.dtype), [*self.blocks, *copies]
+        others = None if caption_mask is None else caption_mask[alone:]
+        caption, mask = self._text(self.y_embedder(embeds[alone:]), others)
+        if not project:
+            return TextSignal([caption] * len(blocks), mask)
+        pairs = [block.cross_attn.keys_values(caption) for block in blocks]
+        if not alone:
+            return TextSignal(pairs, mask)
+        first = self.y_embedder(embeds[:alone, :1])
+        known = [block.cross_attn.of_one_token(first) for block in blocks]
+        return TextSignal([PartlyKnown(*parts) for parts in zip(known, pairs)], mask)
 
     def predict(
         self, latents: Tensor, time: TimeSignal, text: TextSignal, *, before_block: Callable[..., Tensor] | None = None

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion.devices import HostCopy
+from diffusion.devices import HostCopy, sent
 from diffusion.errors import CheckpointError, first_line
 from diffusion.text.int8 import quantize_linears
 from diffusion.text.packed import encode_packed, encode_padded
@@ -176,12 +176,11 @@ class CaptionEncoder:
     def _run(self, token_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         length = self._padded_length(max(len(ids) for ids in token_ids))
         padding = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [padding] * (length - len(row)) for row in token_ids], device=self.device)
-        lengths = torch.tensor([len(row) for row in token_ids], device=self.device)
-        mask = torch.arange(length, device=self.device) < lengths[:, None]  # (B, L)
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        embeds = self._call(self._encode, inputs)  # (B, L, C)
-        return embeds.to(self.dtype), mask
+        ids = [row + [padding] * (length - len(row)) for row in token_ids]
+        kept = [[1] * len(row) + [0] * (length - len(row)) for row in token_ids]
+        both = sent([ids, kept], torch.int64, self.device)
+        embeds = self._call(self._encode, {"input_ids": both[0], "attention_mask": both[1]})  # (B, L, C)
+        return embeds.to(self.dtype), both[1].bool()
 
     def _encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if self._fused:

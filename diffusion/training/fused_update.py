@@ -5,13 +5,13 @@ Apart, these are three passes, of which each reads and writes all gradients, wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.devices import sent
 from diffusion.models.kernels.availability import can_run
 from diffusion.training.optimization import WeightAverage
 from diffusion.training.sharding import live_tensors, mesh_of
@@ -57,7 +57,7 @@ class FusedUpdate:
         torch._foreach_add_(steps, 1 - skip)
         factor = torch.ones_like(skip) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
         facts = torch.cat([torch.stack([skip, factor.float()]), (1 - betas ** steps[0].double()).float()])
-        addresses = _sent([gradient.data_ptr() for gradient in gradients], torch.int64, device)  # type: ignore[union-attr]
+        addresses = sent([gradient.data_ptr() for gradient in gradients], torch.int64, device)  # type: ignore[union-attr]
         weight = 0.0 if self._average is None else self._average.next_weight
         adamw[(len(blocks),)](
             places, addresses, decays, blocks, facts, group["lr"], *group["betas"], group["eps"], weight, BLOCK=_BLOCK
@@ -89,10 +89,10 @@ class FusedUpdate:
         if self._layout is None or self._laid_out_for != [rows, decays]:
             blocks = [(index, block) for index, row in enumerate(rows) for block in range(-(-row[-1] // _BLOCK))]
             self._layout = [
-                _sent(rows, torch.int64, device),
-                _sent(decays, torch.float32, device),
-                _sent(blocks, torch.int32, device),
-                _sent(groups[0]["betas"], torch.float64, device),
+                sent(rows, torch.int64, device),
+                sent(decays, torch.float32, device),
+                sent(blocks, torch.int32, device),
+                sent(groups[0]["betas"], torch.float64, device),
             ]
             self._laid_out_for = [rows, decays]
         return self._layout
@@ -105,8 +105,3 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _fit(gradient: Tensor | None, parameter: Tensor) -> bool:
     return gradient is not None and _is_plain(gradient) and gradient.shape == parameter.shape
-
-
-def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.errors import CheckpointError, PromptError
@@ -140,6 +141,41 @@ def test_a_controlnet_has_text_of_its_own() -> None:
         text = network.embed_text(given.embeds, given.mask, project=True)
         found = network.predict(latents, network.embed_time(timesteps), text, control_latents=latents)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("text", ["mask", "packed", "spare", "direct"])
+@pytest.mark.parametrize("controlled", [False, True])
+def test_what_captions_of_one_token_give_is_worked_out_once(text: str, controlled: bool) -> None:
+    base = tiny_transformer(depth=3)
+    network: Any = ControlPixArt(base, 2) if controlled else base
+    use_kernels(network, Kernels(text=text))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    latents, given, timesteps = torch.cat([noise(), noise()]), conditions(), torch.full((4,), 300.0)
+    mask = given.mask.clone()
+    mask[:2] = torch.arange(mask.shape[1]) < 1
+    options = {"control_latents": latents} if controlled else {}
+    with torch.no_grad():
+        expected = network(latents, timesteps, given.embeds, mask, **options)
+        known = network.embed_text(given.embeds, mask, project=True, alone=2)
+        found = network.predict(latents, network.embed_time(timesteps), known, **options)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("negative", "rows"), [(None, 1), ("", 1), (" ", 1), ("blue", 2)])
+def test_a_blank_negative_prompt_takes_no_cross_attention(
+    pipeline_folder: Path, negative: str | None, rows: int
+) -> None:
+    pipe, seen = load_quietly(pipeline_folder), list[int]()
+    expected = pipe("a red apple", negative_prompt=negative, **ARGUMENTS).images
+    query = pipe.transformer.blocks[0].cross_attn.q_linear
+    query.register_forward_hook(lambda layer, given, output: seen.append(len(given[0])))
+    pipe.enable_fast_sampling()
+    found = pipe("a red apple", negative_prompt=negative, **ARGUMENTS).images
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert seen == [rows] * 3
+    assert len({SolverRun(pipe.transformer, pipe.scheduler, 3, alone=alone).key for alone in (0, 1)}) == 2
 
 
 class NoCopyToDevice(TorchDispatchMode):
@@ -282,23 +318,40 @@ def test_a_call_looks_for_its_device_once(pipeline: PixArtPipeline, monkeypatch:
     assert len(asked) == 2  # it may have been moved in between
 
 
+@pytest.mark.parametrize("away", [None, "vae", "controlnet", "hook"])
+def test_a_card_that_holds_all_parts_is_found_without_a_walk(pipeline_folder: Path, away: str | None) -> None:
+    pipeline = load_quietly(pipeline_folder)
+    with FakeTensorMode():
+        there, elsewhere = (torch.nn.Parameter(torch.empty(1, device=name)) for name in ("cuda:0", "cpu"))
+    assert pipeline._common_card() is None  # on a CPU
+    for name in ("text_encoder", "vae", "transformer"):
+        module = torch.nn.Module()
+        module.first = there if name != away else elsewhere
+        setattr(pipeline, name, module)
+    if away == "controlnet":
+        pipeline.controlnet = torch.nn.ParameterList([elsewhere])
+    if away == "hook":
+        pipeline.vae._diffusers_hook = object()
+    assert pipeline._common_card() == (torch.device("cuda:0") if away is None else None)
+
+
 def test_negative_prompts_are_encoded_once(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, encoded = load_quietly(pipeline_folder), list[str]()
-    encode = pipe.encode_captions
+    encode = pipe._encode_captions
 
     def watched(captions: list[str], **options: Any) -> Any:
         encoded.extend(captions)
         return encode(captions, **options)
 
-    monkeypatch.setattr(pipe, "encode_captions", watched)
+    monkeypatch.setattr(pipe, "_encode_captions", watched)
     pipe.enable_fast_sampling()
     found = [pipe(prompt, negative_prompt="blue", **ARGUMENTS).images for prompt in ("a cat", "a dog", "a cat")]
-    assert encoded == ["blue", "a cat", "a dog", "a cat"]
+    assert encoded == ["a cat", "blue", "a dog", "a cat"]
     assert torch.equal(found[0], found[2])
     norm = pipe.text_encoder.encoder.final_layer_norm
     norm.weight = torch.nn.Parameter(2 * norm.weight)
     assert not torch.equal(pipe("a cat", negative_prompt="blue", **ARGUMENTS).images, found[0])
-    assert encoded[4:] == ["blue", "a cat"]
+    assert encoded[4:] == ["a cat", "blue"]
 
 
 def test_the_fast_pipeline_draws_the_same_and_says_once_what_it_cannot(

@@ -284,23 +284,35 @@ def test_auto_passes_over_a_package_that_fails(
 def test_a_flash_kernel_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, plain = torch.device("cpu"), choice.F.scaled_dot_product_attention
     with torch.inference_mode():
-        choice._check_flash(96, cpu)
+        choice._check_flash(96, cpu, True)
 
     def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(q if q.dtype == torch.float64 else q.detach() + 0 * q, k, v)
 
     monkeypatch.setattr(choice.F, "scaled_dot_product_attention", wrong)
     with pytest.raises(ArithmeticError, match="wrong gradients of queries at head width 96, relative error 1; "):
-        choice._check_flash(96, cpu)
+        choice._check_flash(96, cpu, True)
+    choice._check_flash(96, cpu, False)  # for drawing it would do
 
 
-@pytest.mark.parametrize(("gradients", "taken"), [(True, "fa4"), (False, "cudnn")])
-def test_auto_takes_packages_for_training_alone(monkeypatch: pytest.MonkeyPatch, gradients: bool, taken: str) -> None:
+@pytest.mark.parametrize(
+    ("gradients", "text", "side", "taken"),
+    [
+        (True, "packed", 32, ("fa4", 96)),
+        (False, "direct", 64, ("fa4", 80)),
+        (False, "direct", 32, ("cudnn", None)),  # compiling its kernels would take longer than they save
+        (False, "packed", 64, ("cudnn", None)),
+    ],
+)
+def test_auto_takes_packages_where_they_are_right_and_pay(
+    monkeypatch: pytest.MonkeyPatch, gradients: bool, text: str, side: int, taken: tuple[str, int | None]
+) -> None:
     monkeypatch.setitem(choice._PACKAGES, "fa4", ("json", "flash-attn-4"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(choice, "_activate", lambda *arguments: None)
-    decided = choice.decide(Kernels(attention="auto"), torch.device("cuda"), 4096, gradients=gradients)
-    assert decided.attention == taken
+    given = Kernels(attention="auto", text=text)
+    decided = choice.decide(given, torch.device("cuda"), side**2, gradients=gradients)
+    assert (decided.attention, decided.head_width) == taken
 
 
 @gpu

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,9 @@ _PACKAGES = {
 # At widths 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; at 96 it is right.
 _BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
     9: ((512, "fa4", 96), (0, "cudnn", None)),
+}
+_BEST_IN_DRAWING: dict[int, tuple[tuple[int, str, int | None], ...]] = {
+    9: ((2048, "fa4", 80), (0, "cudnn", None)),
 }
 _LARGEST_ERROR = 0.02  # of attention in bf16; kernels that are right stay below 0.005
 
@@ -79,8 +84,8 @@ def use_kernels(
     Args:
         network: all of it that has a `kernels` attribute gets the choice.
         device: where it will run; None = where it is.
-        gradients: whether it will be trained. Where not, "auto" takes no package: they bring kernels that are compiled
-            when they are called, and a recorded graph with those of FlashAttention-4 b18 crashed.
+        gradients: whether it will be trained. Where not, and captions are packed, "auto" takes no package: a recorded
+            graph with the kernels of FlashAttention-4 b18 for lengths that differ crashed.
     Raises:
         RuntimeError: a package that the choice needs is missing, or fails.
     """
@@ -93,7 +98,7 @@ def use_kernels(
                 importlib.import_module(f"diffusion.models.kernels.{name}")
     if device.type == "cuda":
         if kernels.attention != "auto":  # whose choice has been activated where it was tried
-            _activate(decided.attention, decided.head_width, device)
+            _activate(decided.attention, decided.head_width, device, gradients)
         if decided.mlp == "quack":
             with _explained("mlp", "quack", "'torch'"):
                 importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
@@ -114,10 +119,10 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
         return kernels
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        for fewest, attention, width in _BEST.get(major, ()):
-            if not gradients and attention in _PACKAGES:
+        for fewest, attention, width in (_BEST if gradients else _BEST_IN_DRAWING).get(major, ()):
+            if not gradients and kernels.text == "packed" and attention in _PACKAGES:
                 continue
-            if num_tokens >= fewest and _works(attention, width, device):
+            if num_tokens >= fewest and _works(attention, width, device, gradients):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
@@ -135,55 +140,59 @@ def is_installed(form: str) -> bool:
         return False
 
 
-def _works(attention: str, width: int | None, device: torch.device) -> bool:
+def _works(attention: str, width: int | None, device: torch.device, gradients: bool) -> bool:
     """Activate this attention; whether a card computes it. Of a package that is there and fails, says why."""
     if not is_installed(attention):
         return False
     try:
-        _activate(attention, width, device)
+        _activate(attention, width, device, gradients)
     except RuntimeError as error:
         LOGGER.warning("attention='auto': %s", error)
         return False
     return True
 
 
-def _activate(attention: str, width: int | None, device: torch.device) -> None:
+def _activate(attention: str, width: int | None, device: torch.device, gradients: bool) -> None:
     """FlashAttention 3 and 4 take the place of torch's FLASH kernel, in this process.
 
     They compute something known first: their versions do not all fit that of torch, nor each width of a head.
     """
     if attention not in _PACKAGES:
         return
+    # Compiled when they are first called, for 10 s and more; kept on disk for the next process.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixart" / "flash-attn"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
     with _explained("attention", attention, "'cudnn'"):
         torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
         try:
-            _check_flash(width or 72, device)
+            _check_flash(width or 72, device, gradients)
         except Exception:
             torch.nn.attention.restore_flash_attention_impl()
             raise
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
 
 
-def _check_flash(width: int, device: torch.device) -> None:
-    """Attention and its gradients by the FLASH kernel against exact ones.
+def _check_flash(width: int, device: torch.device, gradients: bool) -> None:
+    """Attention by the FLASH kernel against exact attention.
 
     Args:
-        width: channels of a head.
+        width: channels of a head. gradients: look at them too.
     Raises:
         ArithmeticError: one of them is wrong.
     """
 
     def results(backend: SDPBackend, given: Tensor) -> list[Tensor]:
-        q, k, v, grad = (part.detach().requires_grad_() for part in given)
+        q, k, v, grad = (part.detach().requires_grad_(gradients) for part in given)
         with sdpa_kernel(backend):
             output = F.scaled_dot_product_attention(q, k, v)
-        return [output, *torch.autograd.grad(output, (q, k, v), grad)]
+        return [output, *(torch.autograd.grad(output, (q, k, v), grad) if gradients else ())]
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         generator = torch.Generator(device).manual_seed(0)
         given = torch.randn(4, 1, 2, 256, width, generator=generator, device=device).bfloat16()
         ours, exact = results(SDPBackend.FLASH_ATTENTION, given), results(SDPBackend.MATH, given.double())
-    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact, strict=True):
+    for name, found, right in zip(("outputs", "queries", "keys", "values"), ours, exact):
         error = ((found - right).norm() / right.norm()).item()
         if not error < _LARGEST_ERROR:
             what = name if name == "outputs" else f"gradients of {name}"

@@ -153,9 +153,10 @@ def _parts(tokens: Tensor, rows: int) -> Tensor:
     return tokens.new_empty(tokens.shape[0], -(-tokens.shape[1] // rows), tokens.shape[2], dtype=torch.float32)
 
 
-def _dense(modulation: Tensor) -> Tensor:
-    """(B, 1, D), of which a row is contiguous and samples are a stride apart."""
-    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+def _dense(modulation: Tensor, tokens: Tensor) -> Tensor:
+    """(B or 1, 1, D) as (B, 1, D): rows are contiguous, samples a stride apart, which is 0 where all share a row."""
+    modulation = modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+    return modulation.expand(tokens.shape[0], -1, -1)
 
 
 # ---- norm and modulation, with or without a residual before them ----
@@ -266,7 +267,7 @@ _residual_norm.register_autograd(_residual_norm_backward, setup_context=_keep_no
 
 def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See `elementwise.modulated_norm`; the result has `dtype`."""
-    out: Tensor = _modulated_norm(tokens.contiguous(), _dense(shift), _dense(scale), dtype)[0]
+    out: Tensor = _modulated_norm(tokens.contiguous(), _dense(shift, tokens), _dense(scale, tokens), dtype)[0]
     return out
 
 
@@ -274,7 +275,8 @@ def residual_norm(
     tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `elementwise.residual_norm`; the norm has `dtype`, the sum the precision of the tokens."""
-    parts = _residual_norm(tokens.contiguous(), update.contiguous(), _dense(shift), _dense(scale), dtype)
+    shift, scale = _dense(shift, tokens), _dense(scale, tokens)
+    parts = _residual_norm(tokens.contiguous(), update.contiguous(), shift, scale, dtype)
     return parts[0], parts[1]
 
 
@@ -313,7 +315,7 @@ class _GatedResidual(torch.autograd.Function):
 
 def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """See `elementwise.gated_residual`; the result has the precision of the tokens."""
-    out: Tensor = _GatedResidual.apply(tokens, update.contiguous(), _dense(gate))
+    out: Tensor = _GatedResidual.apply(tokens, update.contiguous(), _dense(gate, tokens))
     return out
 
 
