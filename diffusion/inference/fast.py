@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 CAPTION_LENGTHS = (32, 64, 120, 300)  # captions are padded to the next of these: each length has a graph of its own
-CARD_KERNELS = Kernels(attention="auto", text="direct", mlp="cublas")  # in half precision on CUDA
+CARD_KERNELS = Kernels(attention="auto", text="direct", fused=True)  # in half precision on CUDA
 MAX_GRAPHS = 8  # solver loops kept, by size, batch, caption length, steps and solver
 
 
@@ -86,7 +86,7 @@ class FastPath:
             return
         kernel_cache()
         mode = "max-autotune-no-cudagraphs" if settings.autotune else None
-        network.compile_blocks(dynamic=False, fullgraph=True, options=_options(mode))
+        network.compile_blocks(dynamic=False, fullgraph=True, mode=mode)
         if device.type == "cuda" and self.can_decode(vae):
             vae.decoder.compile(dynamic=False, mode=mode)
             if movable:
@@ -260,16 +260,6 @@ def kernel_cache() -> Path:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
-
-
-def _options(mode: str | None) -> dict[str, Any]:
-    """Of the compiler, for blocks: those of a mode, and a norm that reads a row once where that is faster.
-
-    Without the latter torch gives up on it for rows beyond 1024 numbers, and PixArt's have 1152.
-    """
-    from torch._inductor import list_mode_options
-
-    return {**(list_mode_options(mode) if mode else {}), "triton.multi_kernel": 1}
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -105,8 +105,7 @@ class GuidedPrediction:
 
     def _embed_time(self, timestep: float, rows: int) -> TimeSignal:
         if self._time is not None:
-            place = self._places[timestep]
-            return TimeSignal(*(part[place : place + 1] for part in self._time))
+            return self._time.row(self._places[timestep])
         # float32 whatever the network's dtype: bfloat16 would round 999 to 1000.
         timesteps = torch.full((rows,), timestep, dtype=torch.float32, device=self._conditions.embeds.device)
         return self._network.embed_time(timesteps, **self._conditions.sizes)
@@ -116,6 +115,7 @@ class GuidedPrediction:
         device, sizes = self._conditions.embeds.device, self._conditions.sizes
         # Filled on the device, as a copy from the host would keep this out of a CUDA graph.
         rows = torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in timesteps])
-        return self._network.embed_time(
+        time = self._network.embed_time(
             rows, **{name: value[:1].expand(len(rows), *value.shape[1:]) for name, value in sizes.items()}
         )
+        return self._network.with_tables(time)

@@ -58,6 +58,10 @@ class SharedForward:
         """See `PixArt.embed_time`; of all rows."""
         return self.network.embed_time(timesteps, **sizes)
 
+    def with_tables(self, time: TimeSignal) -> TimeSignal:
+        """See `PixArt.with_tables`."""
+        return self.network.with_tables(time)
+
     def embed_text(
         self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False, alone: int = 0
     ) -> TextSignal:

@@ -138,12 +138,21 @@ class ControlPixArt(nn.Module):
         """See `PixArt.embed_time`."""
         return self.base_model.embed_time(timesteps, **sizes)
 
+    def with_tables(self, time: TimeSignal) -> TimeSignal:
+        """See `PixArt.with_tables`."""
+        return self.base_model.with_tables(time, self._copies)
+
+    @property
+    def _copies(self) -> list[PixArtBlock]:
+        return [cast(ControlBlock, block).copied_block for block in self.controlnet]
+
     def embed_text(
         self, caption_embeds: Tensor, caption_mask: Tensor | None, *, project: bool = False, alone: int = 0
     ) -> TextSignal:
         """See `PixArt.embed_text`; what the control blocks take comes after what those of the base take."""
-        copies = [cast(ControlBlock, block).copied_block for block in self.controlnet]
-        return self.base_model.embed_text(caption_embeds, caption_mask, project=project, copies=copies, alone=alone)
+        return self.base_model.embed_text(
+            caption_embeds, caption_mask, project=project, copies=self._copies, alone=alone
+        )
 
     def predict(
         self,
@@ -162,13 +171,14 @@ class ControlPixArt(nn.Module):
                 f"control_latents {tuple(control_latents.shape)} must have the shape {tuple(latents.shape)}"
             )
         control = self.base_model.embed_latents(control_latents)  # (B, N, D), by the frozen patch embedding
-        captions = text.captions[len(self.base_model.blocks) :]
+        first_copy = len(self.base_model.blocks)
 
-        def add_control(index: int, tokens: Tensor, caption: Tensor | PartlyKnown, *arguments: object) -> Tensor:
+        def add_control(index: int, tokens: Tensor, *arguments: object) -> Tensor:
             nonlocal control
             if not 1 <= index <= len(self.controlnet):
                 return tokens
-            inputs = (control, tokens, captions[index - 1], *arguments)
+            copy, grid = first_copy + index - 1, arguments[-1]
+            inputs = (control, tokens, text.captions[copy], text.mask, time.of_block(copy), grid)
             if self.base_model.checkpoint_every and self.training:
                 control, skip = checkpoint(self.controlnet[index - 1], *inputs, use_reentrant=False)
             else:

@@ -100,10 +100,23 @@ class PixArtConfig:
 
 
 class TimeSignal(NamedTuple):
-    """Timestep and sizes as the blocks take them: conditioning (B, D), modulation (B, 6 * D): adaLN-single, of all."""
+    """Timestep and sizes as the blocks take them.
+
+    conditioning (B, D); modulation (B, 6 * D): adaLN-single, of all blocks. tables: (B, blocks, 6, D), the modulation
+    with the table of each block added to it; None = the blocks add theirs.
+    """
 
     conditioning: Tensor
     modulation: Tensor
+    tables: Tensor | None = None
+
+    def row(self, index: int) -> TimeSignal:
+        """One of the B, as a batch."""
+        return TimeSignal(*(None if part is None else part[index : index + 1] for part in self))  # type: ignore[arg-type]
+
+    def of_block(self, index: int) -> Tensor:
+        """What a block takes as its modulation."""
+        return self.modulation if self.tables is None else self.tables[:, index]
 
 
 class TextSignal(NamedTuple):
@@ -151,8 +164,12 @@ class PixArtBlock(nn.Module):
         modulation: Tensor,
         grid: tuple[int, int],
     ) -> Tensor:
-        """tokens (B, N, D), caption and text as `CrossAttention` takes them, modulation (B, 6 * D) -> (B, N, D)."""
-        table = self.scale_shift_table + modulation.unflatten(1, (6, -1))  # (B, 6, D)
+        """tokens (B, N, D), caption and text as `CrossAttention` takes them -> (B, N, D).
+
+        modulation: (B, 6 * D), of all blocks; or (B, 6, D), with this block's table added.
+        """
+        has_table = modulation.ndim == 3
+        table = modulation if has_table else self.scale_shift_table + modulation.unflatten(1, (6, -1))  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(2).unbind(1)  # each (B, 1, D)
         fused = self.kernels.fused
         attended = self.attn(modulated_norm(tokens, shift1, scale1, fused=fused), grid)
@@ -243,6 +260,17 @@ class PixArt(LatentTransformer):
         conditioning = self._conditioning(timesteps, img_hw, aspect_ratio)
         return TimeSignal(conditioning, self.t_block(conditioning))
 
+    def with_tables(self, time: TimeSignal, copies: Sequence[PixArtBlock] = ()) -> TimeSignal:
+        """The same with the table of each block added, which serves a solver for all that it draws.
+
+        Args:
+            copies: further blocks (of a ControlNet), whose tables come after those of the base.
+        """
+        tables = [block.scale_shift_table for block in [*self.blocks, *copies]]
+        if any(table.device != time.modulation.device for table in tables):  # a memory plan brings them block by block
+            return time
+        return time._replace(tables=torch.stack(tables) + time.modulation.unflatten(1, (6, -1))[:, None])
+
     def embed_text(
         self,
         caption_embeds: Tensor,
@@ -293,7 +321,7 @@ class PixArt(LatentTransformer):
     ) -> Tensor:
         """Tokens (B, N, D) through the blocks of `span`."""
         for index in range(len(self.blocks))[span]:
-            arguments = (tokens, text.captions[index], text.mask, time.modulation, grid)
+            arguments = (tokens, text.captions[index], text.mask, time.of_block(index), grid)
             if before_block is not None:
                 arguments = (before_block(index, *arguments), *arguments[1:])
             tokens = self._run_block(index, *arguments)

@@ -143,6 +143,25 @@ def test_a_controlnet_has_text_of_its_own() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("controlled", [False, True])
+def test_tables_of_blocks_are_added_once(controlled: bool) -> None:
+    base = tiny_transformer(depth=3)
+    network: Any = ControlPixArt(base, 2) if controlled else base
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    latents, given = torch.cat([noise(), noise()]), conditions()
+    options = {"control_latents": latents} if controlled else {}
+    with torch.no_grad():
+        text, plain = network.embed_text(given.embeds, given.mask), network.embed_time(torch.tensor([700.0, 300.0]))
+        time = network.with_tables(plain)
+        for row in (0, 1):
+            expected = network.predict(latents, plain.row(row), text, **options)
+            assert torch.equal(network.predict(latents, time.row(row), text, **options), expected)
+        base.blocks[2].to("meta")  # as where a plan brings blocks one by one
+        assert network.with_tables(plain).tables is None
+
+
 @pytest.mark.parametrize("text", ["mask", "packed", "spare", "direct"])
 @pytest.mark.parametrize("controlled", [False, True])
 def test_what_captions_of_one_token_give_is_worked_out_once(text: str, controlled: bool) -> None:

@@ -226,6 +226,9 @@ def main() -> None:
         "modulated_norm": (modulated_norm, [tokens, shift, scale]),
         "residual_norm": (residual_norm, [tokens, update, shift, scale]),
         "gated_residual": (gated_residual, [tokens, update, gate]),
+        "modulated_norm, shared": (modulated_norm, [tokens, shift[:1], scale[:1]]),  # a solver's timestep, by all
+        "residual_norm, shared": (residual_norm, [tokens, update, shift[:1], scale[:1]]),
+        "gated_residual, shared": (gated_residual, [tokens, update, gate[:1]]),
         "gelu_mlp": (mlp, [tokens, *weights]),
     }
     errors = {
