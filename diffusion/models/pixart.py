@@ -28,7 +28,16 @@ from diffusion.models.embeddings import (
     SizeEmbedder,
 )
 from diffusion.models.initialization import initialize_weights
-from diffusion.models.kernels import Kernels, TextLengths, gated_residual, gelu_mlp, modulated_norm, pack, residual_norm
+from diffusion.models.kernels import (
+    Kernels,
+    TextLengths,
+    gated_residual,
+    gelu_mlp,
+    kept_norm,
+    modulated_norm,
+    pack,
+    residual_norm,
+)
 from diffusion.models.latent_transformer import LatentTransformer
 from diffusion.models.mlp import DropPath, Mlp
 
@@ -172,7 +181,8 @@ class PixArtBlock(nn.Module):
         table = modulation if has_table else self.scale_shift_table + modulation.unflatten(1, (6, -1))  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(2).unbind(1)  # each (B, 1, D)
         fused = self.kernels.fused
-        attended = self.attn(modulated_norm(tokens, shift1, scale1, fused=fused), grid)
+        tokens, normed = kept_norm(tokens, shift1, scale1, fused=fused)
+        attended = self.attn(normed, grid)
         tokens = gated_residual(tokens, self.drop_path(attended), gate1, fused=fused)
         captioned = self.cross_attn(tokens, caption, text)
         tokens, normed = residual_norm(tokens, captioned, shift2, scale2, fused=fused)

@@ -25,6 +25,7 @@ from diffusion.models.kernels import (
     fp8,
     gated_residual,
     gelu_mlp,
+    kept_norm,
     low_rank,
     modulated_norm,
     residual_norm,
@@ -225,6 +226,7 @@ def main() -> None:
     cases: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         "modulated_norm": (modulated_norm, [tokens, shift, scale]),
         "residual_norm": (residual_norm, [tokens, update, shift, scale]),
+        "kept_norm": (kept_norm, [tokens, shift, scale]),
         "gated_residual": (gated_residual, [tokens, update, gate]),
         "modulated_norm, shared": (modulated_norm, [tokens, shift[:1], scale[:1]]),  # a solver's timestep, by all
         "residual_norm, shared": (residual_norm, [tokens, update, shift[:1], scale[:1]]),

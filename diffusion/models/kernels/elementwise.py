@@ -39,6 +39,15 @@ def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, *, fused: bool 
     return modulate(F.layer_norm(tokens, tokens.shape[-1:], eps=EPS), shift, scale)
 
 
+def kept_norm(tokens: Tensor, shift: Tensor, scale: Tensor, *, fused: bool = False) -> tuple[Tensor, Tensor]:
+    """The tokens, with which the residual goes on, and `modulated_norm` of them; fused, their gradients meet there."""
+    if fused and can_run(tokens.device) and torch.is_grad_enabled():
+        from diffusion.models.kernels import fused as kernels
+
+        return kernels.kept_norm(tokens, shift, scale, product_dtype(tokens))
+    return tokens, modulated_norm(tokens, shift, scale, fused=fused)
+
+
 def residual_norm(
     tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:

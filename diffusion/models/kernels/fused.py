@@ -271,6 +271,27 @@ def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dt
     return out
 
 
+class _KeptNorm(torch.autograd.Function):
+    """Tokens as they are, and their norm; backward, the gradients of both meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, mean, rstd = _modulated_norm(tokens, shift, scale, dtype)
+        ctx.save_for_backward(tokens, mean, rstd, scale)
+        ctx.modulation_dtypes = [shift.dtype, scale.dtype]
+        return tokens.view_as(tokens), out
+
+    @staticmethod
+    def backward(ctx: Any, grad_tokens: Tensor, grad_out: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return (*_norm_grads(ctx, grad_out, grad_tokens), None)
+
+
+def kept_norm(tokens: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `elementwise.kept_norm`; the norm has `dtype`."""
+    kept, out = _KeptNorm.apply(tokens.contiguous(), _dense(shift, tokens), _dense(scale, tokens), dtype)
+    return kept, out
+
+
 def residual_norm(
     tokens: Tensor, update: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
