@@ -1,4 +1,4 @@
-"""Fast drawing draws the same pictures: cached text, recorded loops, streams of calls, and what is said when not."""
+"""Fast drawing draws the same pictures: recorded loops, streams of calls, and what is said when not."""
 
 from __future__ import annotations
 
@@ -24,177 +24,13 @@ from diffusion.errors import CheckpointError, PromptError
 from diffusion.graphs import GraphCache, RecordedWork, addresses
 from diffusion.inference import PixArtPipeline, make_scheduler, read_recipe
 from diffusion.inference.batch import sample_to_folder
-from diffusion.inference.conditions import Conditions
-from diffusion.inference.denoising import denoise, guide
 from diffusion.inference.fast import padded_length
-from diffusion.inference.guided import Guidance, GuidedPrediction
-from diffusion.inference.shortcuts import Shortcuts
 from diffusion.inference.solver_run import SolverRun
 from diffusion.inference.solvers import is_capturable
-from diffusion.models import ControlPixArt, PixArt
-from diffusion.models.kernels import Kernels, use_kernels
+from tests.inference.solver_cases import ARGUMENTS, CAPTURABLE, STEPS, conditions, generators, noise
 from tests.inference.tiny_pipeline import load_quietly, tiny_transformer, write_tiny_pipeline
-from tests.tiny import TINY_TEXT_CHANNELS
 
 BUNDLED = Path(__file__).parents[2] / "output/pretrained_models/emoji-256"
-CAPTURABLE = ("dpm-solver", "ddim", "deis", "lcm")
-STEPS = {"lcm": 4}
-
-
-def noise(pictures: int = 2) -> Tensor:
-    return torch.randn(pictures, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def conditions(rows: int = 4) -> Conditions:
-    embeds = torch.randn(rows, 9, TINY_TEXT_CHANNELS, generator=torch.Generator().manual_seed(4))
-    mask = torch.arange(9) < torch.tensor([[1], [1], [9], [5]])[:rows]
-    return Conditions(embeds, mask)
-
-
-def generators(count: int = 2) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-def plain(network: PixArt, algorithm: str, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The loop as it is written down: the network's forward at every step, guidance, solver."""
-    given, count = conditions(), 2
-
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        inputs = torch.cat([latents, latents])
-        output = network(inputs, timestep.float().expand(len(inputs)), given.embeds.to(dtype), given.mask)
-        return guide(output.float(), 4, 4.5, keep_variance=False)
-
-    return denoise(predict, make_scheduler(algorithm), noise(count), steps, generators=generators())
-
-
-def by_run(network: Any, algorithm: str, steps: int, **options: Any) -> Tensor:
-    run = SolverRun(network, make_scheduler(algorithm), steps, guided=True, **options)
-    return run(run.tensors(noise(), conditions(), 4.5, None, generators()))
-
-
-@pytest.mark.parametrize("algorithm", [*CAPTURABLE, "flow-euler"])
-def test_cached_text_changes_no_bit(algorithm: str) -> None:
-    network, steps = tiny_transformer(), STEPS.get(algorithm, 5)
-    with torch.no_grad():
-        assert torch.equal(by_run(network, algorithm, steps), plain(network, algorithm, steps))
-
-
-def test_text_and_time_are_embedded_once() -> None:
-    network, calls = tiny_transformer(), []
-    for part in (network.y_embedder, network.t_block, *(block.cross_attn.kv_linear for block in network.blocks)):
-        part.register_forward_hook(lambda module, *_: calls.append(module))
-    with torch.no_grad():
-        by_run(network, "dpm-solver", 6, embeds_time_ahead=True)
-    assert len(calls) == 2 + len(network.blocks)
-
-
-def test_time_embedded_ahead_is_the_same_up_to_rounding() -> None:
-    network = tiny_transformer()
-    with torch.no_grad():
-        found = by_run(network, "dpm-solver", 6, embeds_time_ahead=True)
-        torch.testing.assert_close(found, plain(network, "dpm-solver", 6), atol=1e-4, rtol=1e-4)
-
-
-def test_size_conditions_are_embedded_ahead_too() -> None:
-    network = tiny_transformer(micro_condition=True)
-    given = Conditions(
-        conditions().embeds,
-        conditions().mask,
-        {"img_hw": torch.tensor([64.0, 96.0]).expand(4, 2), "aspect_ratio": torch.tensor(64 / 96).expand(4)},
-    )
-    timestep = torch.tensor(500)
-    with torch.no_grad():
-        each = GuidedPrediction(network, given, Guidance(4.5))(noise(), timestep)
-        ahead = GuidedPrediction(network, given, Guidance(4.5), timesteps=[torch.tensor(999), timestep])
-        torch.testing.assert_close(ahead(noise(), timestep), each, atol=1e-5, rtol=1e-5)
-
-
-def test_bfloat16_is_as_near_to_float64_as_the_plain_loop() -> None:
-    network = tiny_transformer()
-    with torch.no_grad():
-        exact = plain(network.double(), "dpm-solver", 6, torch.float64)
-        network = tiny_transformer().bfloat16()
-        plainly = plain(network, "dpm-solver", 6, torch.bfloat16) - exact
-        fast = by_run(network, "dpm-solver", 6, embeds_time_ahead=True) - exact
-    assert 0 < fast.norm() <= 1.5 * plainly.norm()
-
-
-@pytest.mark.parametrize("text", ["packed", "spare"])
-def test_text_without_a_mask_is_the_same_up_to_rounding(text: str) -> None:
-    network, expected = tiny_transformer(), plain(tiny_transformer(), "dpm-solver", 6)
-    use_kernels(network, Kernels(text=text))
-    for shortcuts in (None, Shortcuts()):
-        found = by_run(network, "dpm-solver", 6, embeds_time_ahead=True, shortcuts=shortcuts)
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    by_run(network, "dpm-solver", 6, embeds_time_ahead=True, shortcuts=Shortcuts(guidance_until=0.5))
-
-
-def test_a_controlnet_has_text_of_its_own() -> None:
-    base = tiny_transformer(depth=3)
-    network = ControlPixArt(base, 2)
-    with torch.no_grad():
-        for parameter in network.controlnet.parameters():
-            parameter.add_(0.05)
-        latents, given = torch.cat([noise(), noise()]), conditions()
-        timesteps = torch.full((4,), 300.0)
-        expected = network(latents, timesteps, given.embeds, given.mask, control_latents=latents)
-        text = network.embed_text(given.embeds, given.mask, project=True)
-        found = network.predict(latents, network.embed_time(timesteps), text, control_latents=latents)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("controlled", [False, True])
-def test_tables_of_blocks_are_added_once(controlled: bool) -> None:
-    base = tiny_transformer(depth=3)
-    network: Any = ControlPixArt(base, 2) if controlled else base
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    latents, given = torch.cat([noise(), noise()]), conditions()
-    options = {"control_latents": latents} if controlled else {}
-    with torch.no_grad():
-        text, plain = network.embed_text(given.embeds, given.mask), network.embed_time(torch.tensor([700.0, 300.0]))
-        time = network.with_tables(plain)
-        for row in (0, 1):
-            expected = network.predict(latents, plain.row(row), text, **options)
-            assert torch.equal(network.predict(latents, time.row(row), text, **options), expected)
-        base.blocks[2].to("meta")  # as where a plan brings blocks one by one
-        assert network.with_tables(plain).tables is None
-
-
-@pytest.mark.parametrize("text", ["mask", "packed", "spare", "direct"])
-@pytest.mark.parametrize("controlled", [False, True])
-def test_what_captions_of_one_token_give_is_worked_out_once(text: str, controlled: bool) -> None:
-    base = tiny_transformer(depth=3)
-    network: Any = ControlPixArt(base, 2) if controlled else base
-    use_kernels(network, Kernels(text=text))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    latents, given, timesteps = torch.cat([noise(), noise()]), conditions(), torch.full((4,), 300.0)
-    mask = given.mask.clone()
-    mask[:2] = torch.arange(mask.shape[1]) < 1
-    options = {"control_latents": latents} if controlled else {}
-    with torch.no_grad():
-        expected = network(latents, timesteps, given.embeds, mask, **options)
-        known = network.embed_text(given.embeds, mask, project=True, alone=2)
-        found = network.predict(latents, network.embed_time(timesteps), known, **options)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("negative", "rows"), [(None, 1), ("", 1), (" ", 1), ("blue", 2)])
-def test_a_blank_negative_prompt_takes_no_cross_attention(
-    pipeline_folder: Path, negative: str | None, rows: int
-) -> None:
-    pipe, seen = load_quietly(pipeline_folder), list[int]()
-    expected = pipe("a red apple", negative_prompt=negative, **ARGUMENTS).images
-    query = pipe.transformer.blocks[0].cross_attn.q_linear
-    query.register_forward_hook(lambda layer, given, output: seen.append(len(given[0])))
-    pipe.enable_fast_sampling()
-    found = pipe("a red apple", negative_prompt=negative, **ARGUMENTS).images
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    assert seen == [rows] * 3
-    assert len({SolverRun(pipe.transformer, pipe.scheduler, 3, alone=alone).key for alone in (0, 1)}) == 2
 
 
 class NoCopyToDevice(TorchDispatchMode):
@@ -318,9 +154,6 @@ def test_keys_tell_runs_apart() -> None:
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 32), (32, 32), (33, 64), (120, 120), (121, 300), (301, 301)])
 def test_captions_are_padded_to_few_lengths(tokens: int, expected: int) -> None:
     assert padded_length(tokens) == expected
-
-
-ARGUMENTS = {"num_inference_steps": 3, "seed": 5, "output_type": "pt"}
 
 
 def test_a_call_looks_for_its_device_once(pipeline: PixArtPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
