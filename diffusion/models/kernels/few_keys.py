@@ -71,10 +71,12 @@ def _gradients(
     (batch, queries, heads, width), keys = q.shape, pair.shape[2]
     one_tile = keys <= _BACKWARD["KEYS"]
     programs = batch * heads if one_tile else min(_PROGRAMS, batch * heads)
-    partial = lse if one_tile else q.new_empty((programs, queries, width), dtype=torch.float32)
+    partial, deltas = lse, lse
+    if not one_tile:
+        partial, deltas = q.new_empty((programs, queries, width), dtype=torch.float32), torch.empty_like(lse)
     kernels.attention_backward[(programs,)](
         q, pair[0], pair[1], q if mask is None else mask, out, lse, grad_out, grad_q, grad_pair[0], grad_pair[1],
-        torch.empty_like(lse), partial, batch * heads, queries, keys, heads, width**-0.5, *q.stride()[:2],
+        deltas, partial, batch * heads, queries, keys, heads, width**-0.5, *q.stride()[:2],
         *pair.stride()[1:3], *grad_q.stride()[:2], *grad_pair.stride()[1:3], HAS_MASK=mask is not None,
         ONE_TILE=one_tile, **_columns(width), **tile,
     )  # fmt: skip

@@ -133,8 +133,9 @@ def attention_backward(
 ):  # fmt: skip
     """Gradients of q, k and v of the heads that are this program's, KEYS keys at a time.
 
+    Not used where one tile holds all keys:
     deltas: of the shape of lse, room for the products of outputs and their gradients.
-    partial: (programs, queries, WIDTH) float32, which stays in the cache; not used where one tile holds all keys.
+    partial: (programs, queries, WIDTH) float32, which stays in the cache.
     """
     partial += tl.program_id(0).to(tl.int64) * queries * WIDTH
     token = heads * WIDTH
@@ -146,12 +147,13 @@ def attention_backward(
         base_dq = grad_q + sample * grad_q_batch + head * WIDTH
         base_o = out + sample * queries * token + head * WIDTH
         base_do = grad_out + sample * queries * token + head * WIDTH
-        for first in range(0, queries, QUERIES):
-            row = first + tl.arange(0, QUERIES)
-            delta = _product(base_o, base_do, first, queries, token, WIDTH, 0, QUERIES, MAIN)
-            if REST > 0:
-                delta += _product(base_o, base_do, first, queries, token, WIDTH, MAIN, QUERIES, REST)
-            tl.store(deltas + item * queries + row, delta, mask=row < queries)
+        if not ONE_TILE:
+            for first in range(0, queries, QUERIES):
+                row = first + tl.arange(0, QUERIES)
+                delta = _product(base_o, base_do, first, queries, token, WIDTH, 0, QUERIES, MAIN)
+                if REST > 0:
+                    delta += _product(base_o, base_do, first, queries, token, WIDTH, MAIN, QUERIES, REST)
+                tl.store(deltas + item * queries + row, delta, mask=row < queries)
         at_k, at_dk = sample * k_batch + head * WIDTH, sample * grad_k_batch + head * WIDTH
         for start in range(0, keys, KEYS):
             key = start + tl.arange(0, KEYS)
@@ -167,7 +169,8 @@ def attention_backward(
                 v_rest = _load(v + at_k, start, keys, k_token, WIDTH, MAIN, KEYS, REST)
                 dk_rest = tl.zeros([KEYS, REST], tl.float32)
                 dv_rest = tl.zeros([KEYS, REST], tl.float32)
-            tl.debug_barrier()  # `deltas` and `partial` are read by other threads than those that wrote them
+            if not ONE_TILE:
+                tl.debug_barrier()  # `deltas` and `partial` are read by other threads than those that wrote them
             for first in range(0, queries, QUERIES):
                 q_main = _load(base_q, first, queries, q_token, WIDTH, 0, QUERIES, MAIN)
                 do_main = _load(base_do, first, queries, token, WIDTH, 0, QUERIES, MAIN)
@@ -180,9 +183,12 @@ def attention_backward(
                     dshares = tl.dot(v_rest, tl.trans(do_rest), dshares)
                 row = first + tl.arange(0, QUERIES)
                 whole = tl.load(lse + item * queries + row, mask=row < queries, other=float("inf"))
-                delta = tl.load(deltas + item * queries + row, mask=row < queries, other=0.0)
                 shares = tl.exp2(logits * (scale * 1.4426950408889634) - whole[None, :])
                 shares = tl.where(seen[:, None], shares, 0.0)
+                if ONE_TILE:  # the product of a row of outputs with its gradient, from what is at hand
+                    delta = tl.sum(shares * dshares, 0)
+                else:
+                    delta = tl.load(deltas + item * queries + row, mask=row < queries, other=0.0)
                 dlogits = (shares * (dshares - delta[None, :])).to(q_main.dtype)
                 shares = shares.to(q_main.dtype)
                 dv_main = tl.dot(shares, do_main, dv_main)
