@@ -1,12 +1,9 @@
-"""The parts of a pipeline: loading, saving, where they are, and captions to embeddings.
-
-Legend: P prompts, L text tokens, C text width.
-"""
+"""The parts of a pipeline: loading, saving, and where they are."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion.checkpoints.recognition import VAE_FACTOR
 from diffusion.errors import CheckpointError, PromptError
 from diffusion.images import load_vae, vae_factor
-from diffusion.inference.conditions import prepare_prompt, shortened
+from diffusion.inference.captions import CaptionEncoding
 from diffusion.inference.control import load_edge_detector, load_networks
-from diffusion.inference.denoising import EMBEDDED, require_finite
 from diffusion.inference.fast import FastSampling
 from diffusion.inference.folders import (
     GUIDANCE_SCALE,
@@ -36,7 +32,6 @@ from diffusion.inference.folders import (
 from diffusion.inference.fp8 import is_quantized
 from diffusion.inference.lora import LoraAdapters, require_plain
 from diffusion.inference.memory import (
-    ENCODE_BATCH,
     MemoryPlan,
     Residency,
     Workload,
@@ -45,7 +40,7 @@ from diffusion.inference.memory import (
     tile_vae,
 )
 from diffusion.inference.solvers import fitting_scheduler
-from diffusion.models import HED, ControlPixArt, PixArt, pad_captions
+from diffusion.models import HED, ControlPixArt, PixArt
 from diffusion.models.cpu_linear import use_onednn
 from diffusion.text import CaptionEncoder, load_tokenizer, make_float16_safe
 
@@ -56,7 +51,7 @@ _logger = logging.getLogger(__name__)
 OWN: Any = object()  # an argument left out: the folder's own part, where None means to go without
 
 
-class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
+class PipelineParts(CaptionEncoding, LoraAdapters, FastSampling, DiffusionPipeline):
     """Tokenizer, T5, VAE, native network and scheduler as a pipeline of diffusers, without the drawing.
 
     `controlnet` (or None) is a `ControlPixArt` around `transformer`, and shares its weights; `edge_detector` (or None)
@@ -291,67 +286,6 @@ class PipelineParts(LoraAdapters, FastSampling, DiffusionPipeline):
     def default_size(self) -> int:
         """Height and width in px of a picture when none are given: the model's training size."""
         return int(self.transformer.config.input_size) * self.vae_factor
-
-    @property
-    def _max_tokens(self) -> int:
-        return 120 if self.transformer is None else int(self.transformer.config.model_max_length)
-
-    @torch.no_grad()
-    def encode_captions(
-        self, captions: Sequence[str], *, clean_caption: bool = False, max_sequence_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Encode prompts -> embeds (P, L, C), mask (P, L) True = keep; L the longest.
-
-        max_sequence_length: tokens after which a prompt is cut, with a notice; None = the model's (120, or 300).
-        Raises PromptError when T5 was freed, NumericalError when embeddings are not finite.
-        """
-        embeds, mask = self._encode_captions(captions, clean_caption, max_sequence_length)
-        return require_finite(embeds, EMBEDDED), mask
-
-    def _encode_captions(self, captions: Sequence[str], clean: bool, max_length: int | None) -> tuple[Tensor, Tensor]:
-        """As `encode_captions`, without a look at the result, for which a card would be waited for."""
-        if self.text_encoder is None:
-            raise PromptError("this pipeline has no text encoder; give prompt_embeds with prompt_attention_mask")
-        limit = self._max_tokens if max_length is None else max_length
-        self._bring("text_encoder")
-        device = self.execution_device
-        fast = {} if self._fast is None else self._fast.text_options(self.text_encoder, device, self.memory_plan)
-        encoder = CaptionEncoder(self.tokenizer, self.text_encoder, max_length=limit, device=device, **fast)
-        texts = [prepare_prompt(text, clean=clean) for text in captions]
-        parts = []
-        for start in range(0, len(texts), ENCODE_BATCH):
-            parts.append(encoder.encode(texts[start : start + ENCODE_BATCH]))
-            for dropped in encoder.dropped:
-                _logger.warning("a prompt was cut at %d tokens; dropped: %s", limit, shortened(dropped))
-        length = max(mask.shape[1] for _, mask in parts)
-        embeds, masks = zip(*(pad_captions(*part, length) for part in parts))
-        return torch.cat(embeds), torch.cat(masks)
-
-    def encode_prompt(
-        self,
-        prompt: str | Sequence[str],
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | Sequence[str] = "",
-        num_images_per_prompt: int = 1,
-        *,
-        clean_caption: bool | None = None,
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As diffusers' PixArtAlphaPipeline: embeds, mask, and those of the negative prompts or None.
-
-        Shapes (P * images, L, C) and (P * images, L); what a call takes as prompt_embeds, prompt_attention_mask,
-        negative_prompt_embeds and negative_prompt_attention_mask. Rows are not padded beyond the longest prompt.
-        """
-        clean = self.clean_captions if clean_caption is None else clean_caption
-
-        def encode(texts: str | Sequence[str], count: int) -> tuple[Tensor, Tensor]:
-            listed = [texts] * count if isinstance(texts, str) else list(texts)
-            rows = self.encode_captions(listed, clean_caption=clean, max_sequence_length=max_sequence_length)
-            return tuple(part.repeat_interleave(num_images_per_prompt, dim=0) for part in rows)  # type: ignore
-
-        count = 1 if isinstance(prompt, str) else len(prompt)
-        positive = encode(prompt, count)
-        return (*positive, *encode(negative_prompt, count)) if do_classifier_free_guidance else (*positive, None, None)
 
     def _leave_cpu(self, device: torch.device) -> None:
         """On any other device the network is made of plain layers, which is what faster kernels there look for."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffusion.errors import PromptError
 from diffusion.images import SharedDecoder, decode_latents
-from diffusion.inference.conditions import Conditions, size_conditions, with_null_caption, with_stored_null_caption
+from diffusion.inference.conditions import Conditions, size_conditions
 from diffusion.inference.control import condition_pixels
-from diffusion.inference.denoising import EMBEDDED, initial_noise, picture_generators, require_finite
+from diffusion.inference.denoising import initial_noise, picture_generators
 from diffusion.inference.drawn import Drawn
 from diffusion.inference.editing import Source, encode_pixels, fingerprint, make_source
 from diffusion.inference.fast import padded_length
@@ -260,41 +260,9 @@ class PixArtPipeline(PipelineParts):
 
     def _conditions(self, request: SamplingRequest, max_length: int | None) -> Conditions:
         """Captions for every picture, under guidance with the null captions before them; sizes; a ControlNet's part."""
-        device = self.execution_device
-
-        def per_picture(rows: Tensor) -> Tensor:
-            return rows.to(device).repeat_interleave(request.num_images_per_prompt, dim=0)
-
-        embeds, mask = request.prompt_embeds, request.prompt_attention_mask
-        null_embeds, null_mask = request.negative_prompt_embeds, request.negative_prompt_attention_mask
-        texts = request.prompts if embeds is None else []
-        needs_null = request.guided and request.null_caption != "stored" and null_embeds is None
-        negatives = request.negative_prompts if needs_null else []
-        encode = partial(self._encode_captions, clean=request.clean_caption, max_length=max_length)
-        kept_negatives = [] if self._fast is None else negatives
-        negatives = [] if kept_negatives else negatives
-        if texts or negatives:  # one pass through T5, which a memory plan may have to bring for it
-            rows, kept = encode([*texts, *negatives])
-            if texts:
-                embeds, mask = rows[: len(texts)], kept[: len(texts)]
-            if negatives:
-                null_embeds, null_mask = rows[len(texts) :], kept[len(texts) :]
-        if self._fast is not None and kept_negatives:
-            key = (tuple(kept_negatives), request.clean_caption, max_length)
-            null_embeds, null_mask = self._fast.negatives(key, self.text_encoder, partial(encode, kept_negatives))
-        assert embeds is not None and mask is not None  # the request has checked it
-        embeds, mask = per_picture(embeds), per_picture(mask)
-        if request.guided and request.null_caption == "stored":
-            embeds, mask = with_stored_null_caption(embeds, mask, self.transformer)
-        elif null_embeds is not None and null_mask is not None and request.guided:
-            if len(null_embeds) > 1:
-                null_embeds, null_mask = per_picture(null_embeds), per_picture(null_mask)
-            embeds, mask = with_null_caption(embeds, mask, null_embeds, null_mask)
-        if device.type != "cuda":  # there it is asked when the picture is on its way, see `_finish`
-            require_finite(embeds, EMBEDDED)
-        sizes = size_conditions(self.transformer, len(embeds), *request.drawn_size, device)
-        blank = self._fast is not None and bool(kept_negatives) and not any(text.strip() for text in kept_negatives)
-        return Conditions(embeds, mask, sizes, self._control(request), alone=request.count if blank else 0)
+        embeds, mask, alone = self._captions(request, max_length)
+        sizes = size_conditions(self.transformer, len(embeds), *request.drawn_size, self.execution_device)
+        return Conditions(embeds, mask, sizes, self._control(request), alone)
 
     def _source(self, request: SamplingRequest) -> Source | None:
         if request.image is None:
