@@ -261,8 +261,9 @@ class PipelineParts(CaptionEncoding, LoraAdapters, FastSampling, DiffusionPipeli
             part = getattr(self, name)
             if hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook"):
                 return None
-            if isinstance(part, nn.Module):
-                devices.add(next(part.parameters()).device)
+            first = next(part.parameters(), None) if isinstance(part, nn.Module) else None
+            if first is not None:
+                devices.add(first.device)
         device = devices.pop() if len(devices) == 1 else None
         return device if device is not None and device.type == "cuda" else None
 
