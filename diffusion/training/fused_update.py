@@ -59,9 +59,11 @@ class FusedUpdate:
         facts = torch.cat([torch.stack([skip, factor.float()]), (1 - betas ** steps[0].double()).float()])
         addresses = sent([gradient.data_ptr() for gradient in gradients], torch.int64, device)  # type: ignore[union-attr]
         weight = 0.0 if self._average is None else self._average.next_weight
+        beta1, beta2 = group["betas"]
         adamw[(len(blocks),)](
-            places, addresses, decays, blocks, facts, group["lr"], *group["betas"], group["eps"], weight, BLOCK=_BLOCK
-        )
+            places, addresses, decays, blocks, facts, group["lr"], 1 - beta1, beta2, 1 - beta2, group["eps"], weight,
+            BLOCK=_BLOCK,
+        )  # fmt: skip
         return True
 
     def _suits(self) -> bool:

@@ -241,7 +241,7 @@ shape = {}
 build(qkv._join, ["q", "k", "v", "joined"], ["sums"], qkv._JOIN)
 shape = {"BLOCK": 4096}
 kinds = {"places": "*i64", "gradients": "*i64", "blocks": "*i32"}
-kinds |= dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight"), "fp32")
+kinds |= dict.fromkeys(("lr", "new1", "beta2", "new2", "eps", "weight"), "fp32")
 build(update_triton.adamw, [], ["decays", "facts"], {}, kinds)
 """
 

@@ -27,13 +27,13 @@ def _store(base, at, values, count, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _update(place, gradients, at, count, decay, facts, lr, beta1, beta2, eps, weight, WHOLE: tl.constexpr):
+def _update(place, gradients, at, count, decay, facts, lr, new1, beta2, new2, eps, weight, WHOLE: tl.constexpr):
     values, firsts, seconds = _numbers(tl.load(place)), _numbers(tl.load(place + 1)), _numbers(tl.load(place + 2))
     averages = tl.load(place + 3)
     gradient = _load(gradients, at, count, WHOLE) * tl.load(facts + 1)
     first = _load(firsts, at, count, WHOLE)
-    first += (1.0 - beta1) * (gradient - first)
-    second = beta2 * _load(seconds, at, count, WHOLE) + (1.0 - beta2) * gradient * gradient
+    first += new1 * (gradient - first)
+    second = beta2 * _load(seconds, at, count, WHOLE) + new2 * gradient * gradient
     root = tl.sqrt(second) / tl.sqrt(tl.load(facts + 3)) + eps
     value = (1.0 - lr * decay) * _load(values, at, count, WHOLE) - lr / tl.load(facts + 2) * first / root
     _store(values, at, value, count, WHOLE)
@@ -45,7 +45,7 @@ def _update(place, gradients, at, count, decay, facts, lr, beta1, beta2, eps, we
 
 
 @triton.jit
-def adamw(places, gradients, decays, blocks, facts, lr, beta1, beta2, eps, weight, BLOCK: tl.constexpr):
+def adamw(places, gradients, decays, blocks, facts, lr, new1, beta2, new2, eps, weight, BLOCK: tl.constexpr):
     """One block of one tensor; all tensors are float32.
 
     Args:
@@ -54,6 +54,7 @@ def adamw(places, gradients, decays, blocks, facts, lr, beta1, beta2, eps, weigh
         decays: (tensors,) float32, weight decay.
         blocks: (programs, 2) int32: the tensor, and the block's number in it.
         facts: (4,) float32: 1 = this step is left out; factor of the gradients; 1 - beta^step of both moments.
+        new1, new2: 1 - beta of both moments, which a float32 beta would give to 4 digits.
         weight: of the new values in the averages.
     """
     tensor, block = tl.load(blocks + 2 * tl.program_id(0)), tl.load(blocks + 2 * tl.program_id(0) + 1)
@@ -62,6 +63,6 @@ def adamw(places, gradients, decays, blocks, facts, lr, beta1, beta2, eps, weigh
         gradient, count = _numbers(tl.load(gradients + tensor)), tl.load(place + 4)
         at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         if (block + 1) * BLOCK <= count:
-            _update(place, gradient, at, count, decay, facts, lr, beta1, beta2, eps, weight, True)
+            _update(place, gradient, at, count, decay, facts, lr, new1, beta2, new2, eps, weight, True)
         else:
-            _update(place, gradient, at, count, decay, facts, lr, beta1, beta2, eps, weight, False)
+            _update(place, gradient, at, count, decay, facts, lr, new1, beta2, new2, eps, weight, False)
