@@ -90,7 +90,6 @@ class OurTraining:
         precision: torch.dtype,
     ) -> None:
         self.name, self.settings, self.owner = name, settings, self
-        self.calls_to_wake = 1
         channels = size.text[0]
         store = folder / f"store-{name}"
         write_features(store, 2, pixels, channels)
@@ -113,8 +112,7 @@ class OurTraining:
             config, denoising_objective, folder / name, reporting=Reporting(tensorboard=False), ranks=ranks
         )
         self.network = randomise(self.trainer.state.network, seed=0)
-        if self.trainer.passes is not None:
-            self.calls_to_wake = 3  # of which the second records
+        self.calls_to_wake = 1 if self.trainer.passes is None else 3  # of which the second records
         self.shape = (pixels, tokens, channels, ranks.device)
         self.trainer.begin()
 

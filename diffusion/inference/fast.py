@@ -20,6 +20,7 @@ from diffusion.graphs import GraphCache, Work, addresses
 from diffusion.inference.fp8 import has_fp8_products, quantize_network
 from diffusion.inference.shortcuts import Shortcuts
 from diffusion.models.kernels import Kernels, use_kernels
+from diffusion.models.kernels.availability import kept_in
 
 if TYPE_CHECKING:
     from diffusion.inference.memory import MemoryPlan
@@ -256,7 +257,7 @@ def kernel_cache() -> Path:
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given not in (None, default_cache_dir()):
         return Path(given)
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixart" / "kernels"
+    folder = kept_in("kernels")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder

@@ -299,6 +299,7 @@ class PixArt(LatentTransformer):
                 their part of cross-attention is worked out here.
         """
         embeds, blocks = caption_embeds.to(self.dtype), [*self.blocks, *copies]
+        alone = alone if project else 0
         others = None if caption_mask is None else caption_mask[alone:]
         caption, mask = self._text(self.y_embedder(embeds[alone:]), others)
         if not project:

@@ -125,6 +125,9 @@ def test_what_captions_of_one_token_give_is_worked_out_once(text: str, controlle
         expected = network(latents, timesteps, given.embeds, mask, **options)
         known = network.embed_text(given.embeds, mask, project=True, alone=2)
         found = network.predict(latents, network.embed_time(timesteps), known, **options)
+        unprojected = network.embed_text(given.embeds, mask, alone=2)  # where nothing is worked out, nothing is known
+        whole = network.predict(latents, network.embed_time(timesteps), unprojected, **options)
+    assert torch.equal(whole, expected)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 

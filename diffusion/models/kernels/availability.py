@@ -1,9 +1,10 @@
-"""Where Triton kernels run, and in which precision products do."""
+"""Where Triton kernels run, in which precision products do, and where compiled kernels are kept."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,11 @@ def product_dtype(tokens: torch.Tensor) -> torch.dtype:
     """Precision of matrix products of these tokens: autocast's, where it is on."""
     device = tokens.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+
+
+def kept_in(name: str) -> Path:
+    """Folder of this user for compiled kernels of one kind, which later processes find there."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixart" / name
 
 
 def can_run(device: torch.device) -> bool:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion.errors import first_line
-from diffusion.models.kernels.availability import can_run
+from diffusion.models.kernels.availability import can_run, kept_in
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed", "direct")
@@ -34,7 +33,8 @@ _PACKAGES = {
 
 # Best first, by compute capability and by image tokens: (fewest tokens, attention, width of a head). Heads of 72
 # channels cost most kernels what 80 or 96 do. `benchmarks/bench_training_levers.py --parts attention` measures a card.
-# At widths 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; at 96 it is right.
+# At widths 72 and 80 FlashAttention-4 b18 gives wrong gradients of queries on Hopper; at 96 it is right, and forward,
+# which is all that drawing needs, at 80 too.
 _BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
     9: ((512, "fa4", 96), (0, "cudnn", None)),
 }
@@ -160,9 +160,8 @@ def _activate(attention: str, width: int | None, device: torch.device, gradients
     if attention not in _PACKAGES:
         return
     # Compiled when they are first called, for 10 s and more; kept on disk for the next process.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixart" / "flash-attn"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kept_in("flash-attn")))
     with _explained("attention", attention, "'cudnn'"):
         torch.nn.attention.activate_flash_attention_impl(attention.upper())  # type: ignore[arg-type]
         try:
