@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,6 +150,18 @@ def fused_cases(device: Any, samples: int, tokens: int, width: int) -> Iterator[
     yield "FP8 of a row", Case(lambda: fp8_rows.rounded_rows(flat), row + row // 2, place, forward)
     yield "FP8 of a wide row", Case(lambda: fp8_rows.rounded_rows(hidden), wide + wide // 2, place, forward)
     yield "FP8 of a GELU", Case(lambda: fp8_rows.rounded_rows(hidden, True), wide + wide // 2, place, forward)
+    tiles = [{"ROWS": rows, "num_warps": warps} for rows, warps in itertools.product((8, 16, 32), (4, 8, 16))]
+    place = (fp8_rows, "_SUM")
+    yield "FP8 of a row, and sums", Case(lambda: fp8_rows.rounded_and_summed(flat), row + row // 2, place, tiles)
+    channels, place = math.gcd(width, 72), (fp8_rows, "_JOIN")
+    q, k, v = (part.flatten(0, 1).unflatten(1, (-1, channels)) for part in (x, update, grad))
+    moved = 7 * row + row // 2
+    yield "FP8 of q, k, v", Case(lambda: fp8_rows.rounded_join(q, k, v, channels), moved, place, tiles)
+    moved, place = 4 * wide + wide // 2, (fp8_rows, "_GELU")
+    yield (
+        "FP8 of a GELU, backward",
+        Case(lambda: fp8_rows.rounded_gelu_gradients(grad_hidden, hidden), moved, place, tiles),
+    )
 
 
 def lora_cases(device: Any, rows: int, width: int) -> Iterator[tuple[str, Case]]:

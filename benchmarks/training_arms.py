@@ -24,16 +24,14 @@ from torch.nn import functional as F
 
 from diffusion.data import TrainBatch
 from diffusion.errors import ConfigError
-from diffusion.models.kernels.choice import is_installed
 from diffusion.ranks import Ranks
 from diffusion.training import Reporting, Trainer, denoising_objective
 
 # Options of the config by arm, the one place that knows the fastest, which the levers tell. Extra packages take part
-# where they are installed: here that of the feed-forward layers, those of attention by "auto".
+# where they are installed, by "auto".
 _, _KERNELS, _ = ARMS["exact, fused, direct"]
-_MLP = {"mlp": "quack"} if is_installed("quack") else {}
 OURS: dict[str, dict[str, Any]] = {
-    "ours": {"compile": True, "cuda_graph": True, "kernels": {**_KERNELS, **_MLP}},
+    "ours": {"compile": True, "cuda_graph": True, "kernels": {**_KERNELS, "mlp": "auto"}},
     "ours-fp8": {"compile": True, "cuda_graph": True, "kernels": {**_KERNELS, "fp8": "rowwise"}},
     "ours-compile": {"compile": True},
     "ours-eager": {},

@@ -33,10 +33,10 @@ class KernelsConfig(Section):
         description="On CUDA norms, gates and GELU as Triton kernels, and clipping, AdamW and the average of the "
         "weights in one pass; on a CPU a faster GELU in compiled blocks.",
     )
-    mlp: Literal["torch", "quack"] = Field(
+    mlp: Literal["torch", "auto", "quack"] = Field(
         default="torch",
         description="quack: the feed-forward layer with its GELU inside the matrix products, by the package "
-        "quack-kernels (Hopper, half precision).",
+        "quack-kernels (Hopper, half precision); auto: where that is installed and works.",
     )
     onednn: bool = Field(default=False, description="float32 products of a CPU by oneDNN instead of MKL.")
     bf16_stream: bool = Field(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 CAPTION_LENGTHS = (32, 64, 120, 300)  # captions are padded to the next of these: each length has a graph of its own
-CARD_KERNELS = Kernels(attention="auto", text="direct", fused=True)  # in half precision on CUDA
+CARD_KERNELS = Kernels(attention="auto", text="direct", fused=True, mlp="auto")  # in half precision on CUDA
 MAX_GRAPHS = 8  # solver loops kept, by size, batch, caption length, steps and solver
 
 

@@ -29,6 +29,7 @@ from diffusion.models.kernels import (
     low_rank,
     modulated_norm,
     residual_norm,
+    to_qkv,
     use_kernels,
 )
 from diffusion.models.kernels.availability import can_run
@@ -66,6 +67,27 @@ def mlp(tokens: Tensor, *weights: Tensor, fused: bool) -> Tensor:
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     given = {f"mlp.{name}": weight for name, weight in zip(names, weights)}
     return torch.func.functional_call(Around(), given, (tokens, fused))
+
+
+class Projecting(torch.nn.Module):
+    """The projection of a block to queries, keys and values, so that its weights can be given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.width = torch.nn.Linear(D, 3 * D), width
+
+    def forward(self, tokens: Tensor, fused: bool) -> tuple[Tensor, ...]:
+        return to_qkv(self.qkv, tokens, 8, self.width, fused=fused)
+
+
+def projected(width: int) -> Callable[..., Any]:
+    """Heads of 8 channels, padded to `width`."""
+
+    def compute(tokens: Tensor, weight: Tensor, bias: Tensor, fused: bool) -> Any:
+        given = {"qkv.weight": weight, "qkv.bias": bias}
+        return torch.func.functional_call(Projecting(width), given, (tokens, fused))
+
+    return compute
 
 
 def of_networks() -> dict[str, float]:
@@ -142,27 +164,39 @@ def of_updates() -> dict[str, float]:
 
 
 def of_fp8() -> dict[str, float]:
-    """A feed-forward layer in FP8 whose GELU rounds by itself, beside one of two layers that round: distance to float64
-    of the one, divided by that of the other. The interpreter cuts off what a card would round."""
-    layer = Mlp(D, hidden_features=4 * D, act_layer=ApproxGelu)
-    tokens, grad = torch.randn(B, N, D), torch.randn(B, N, D)
+    """Layers in FP8 that round in the pass before, beside those that round by themselves: distance to float64 of the
+    one, divided by that of the other. The interpreter cuts off what a card would round."""
+    mlp = Mlp(D, hidden_features=4 * D, act_layer=ApproxGelu)
+    tokens = torch.randn(B, N, D)
+    qkv = {"FP8 qkv": Projecting(8), "FP8 qkv padded": Projecting(16)}
+    plain: dict[str, tuple[torch.nn.Module, Callable[..., Any]]] = {"FP8": (mlp, lambda x, module: module(x))}
+    plain |= {name: (module, lambda x, module: module(x, False)) for name, module in qkv.items()}
+    fused: dict[str, Callable[..., Any]] = {"FP8": gelu_mlp, **dict.fromkeys(qkv, lambda x, module: module(x, True))}
 
-    def results(module: Mlp, dtype: torch.dtype, compute: Callable[..., Tensor]) -> list[Tensor]:
+    def results(module: torch.nn.Module, dtype: torch.dtype, compute: Callable[..., Any]) -> list[Tensor]:
         leaf = tokens.to(dtype).requires_grad_()
-        output = compute(leaf, module)
-        return [output, *torch.autograd.grad(output, [leaf, *module.parameters()], grad.to(dtype))]
+        outputs = compute(leaf, module)
+        outputs = torch.cat(outputs, -1) if isinstance(outputs, tuple) else outputs
+        torch.manual_seed(1)
+        grad = torch.randn(outputs.shape).to(dtype)
+        return [outputs, *torch.autograd.grad(outputs, [leaf, *module.parameters()], grad)]
 
-    def distance(ours: list[Tensor]) -> Tensor:
+    def distance(ours: list[Tensor], exact: list[Tensor]) -> Tensor:
         pairs = zip(ours, exact, strict=True)
         return torch.stack([(part.double() - other).norm() / other.norm() for part, other in pairs])
 
-    exact = results(copy.deepcopy(layer).double(), torch.float64, lambda x, module: module(x))
-    layer.fc1, layer.fc2 = (FP8Linear.of(part, "rowwise") for part in (layer.fc1, layer.fc2))
-    with mock.patch.object(fp8, "can_run", return_value=False):
-        plain = distance(results(layer, torch.float32, lambda x, module: module(x)))
-    ours = distance(results(layer, torch.float32, gelu_mlp))
-    assert (ours[1] != plain[1]).item()  # it was taken
-    return {"FP8": (ours / plain.clamp(min=1e-3)).max().item()}
+    ratios = {}
+    for name, (module, compute) in plain.items():
+        exact = results(copy.deepcopy(module).double(), torch.float64, compute)
+        for key, part in list(module.named_children()):
+            if isinstance(part, torch.nn.Linear):
+                setattr(module, key, FP8Linear.of(part, "rowwise"))
+        with mock.patch.object(fp8, "can_run", return_value=False):
+            apart = distance(results(module, torch.float32, compute), exact)
+        ours = distance(results(module, torch.float32, fused[name]), exact)
+        assert (ours[1] != apart[1]).item()  # it was taken
+        ratios[name] = (ours / apart.clamp(min=1e-3)).max().item()
+    return ratios
 
 
 def of_rounding() -> dict[str, float]:
@@ -232,6 +266,8 @@ def main() -> None:
         "residual_norm, shared": (residual_norm, [tokens, update, shift[:1], scale[:1]]),
         "gated_residual, shared": (gated_residual, [tokens, update, gate[:1]]),
         "gelu_mlp": (mlp, [tokens, *weights]),
+        "qkv": (projected(8), [tokens, torch.randn(3 * D, D), torch.randn(3 * D)]),
+        "qkv, padded": (projected(12), [tokens, torch.randn(3 * D, D), torch.randn(3 * D)]),
     }
     errors = {
         f"{name} {str(dtype).removeprefix('torch.')}": error(function, inputs, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.models import ControlPixArt, PixArt
-from diffusion.models.kernels import FP8Linear, Kernels, attend, choice, use_fp8, use_kernels
+from diffusion.models.kernels import Kernels, attend, choice, use_kernels
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.elementwise import _LogisticGelu
 from diffusion.models.kernels.products import MOST_KEYS
@@ -181,8 +181,9 @@ def test_triton_kernels_compute_the_float64_formulas() -> None:
     output = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
     errors = json.loads(output.stdout)
-    assert len(errors) == 36
-    assert errors.pop("FP8") < 1.7
+    assert len(errors) == 42
+    for name in ("FP8", "FP8 qkv", "FP8 qkv padded"):
+        assert errors.pop(name) < 2.2, name  # what is cut off is off by twice as much as what is rounded
     assert errors.pop("weight unchanged") == 0
     assert errors.pop("mean change") < 0.15
     assert errors.pop("LoRA") < 1.5
@@ -196,8 +197,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from diffusion.models.kernels import few_keys, few_keys_triton, fp8_triton, fused, low_rank, low_rank_triton
-from diffusion.models.kernels import qkv, update_triton
+from diffusion.models.kernels import few_keys, few_keys_triton, fp8_rows, fp8_triton, fused, low_rank
+from diffusion.models.kernels import low_rank_triton, qkv, update_triton
 
 def build(kernel, halves, floats, tile, given={}):
     constants = {**tile, **shape}
@@ -238,7 +239,14 @@ build(few_keys_triton.attention_forward, halves, [], few_keys._FORWARD, kinds)
 halves += ["grad_out", "grad_q", "grad_k", "grad_v"]
 build(few_keys_triton.attention_backward, halves, ["deltas", "partial"], few_keys._BACKWARD, kinds)
 shape = {}
-build(qkv._join, ["q", "k", "v", "joined"], ["sums"], qkv._JOIN)
+for padded in (72, 96):
+    shape = {"CHANNELS": 72, "PADDED": padded, "MAIN": 1024, "REST": 128}
+    build(qkv._join, ["q", "k", "v", "joined"], ["sums"], qkv._JOIN)
+    build(fp8_triton.round_joined, ["q", "k", "v", "joined"], ["scales", "sums"], fp8_rows._JOIN)
+build(fp8_triton.round_and_sum, ["values"], ["scales", "sums"], fp8_rows._SUM)
+shape = {"MAIN": 4096, "REST": 512}
+halves = ["grad_out", "hidden", "activated", "grad_hidden"]
+build(fp8_triton.round_gelu_gradients, halves, ["scales", "sums"], fp8_rows._GELU)
 shape = {"BLOCK": 4096}
 kinds = {"places": "*i64", "gradients": "*i64", "blocks": "*i32"}
 kinds |= dict.fromkeys(("lr", "new1", "beta2", "new2", "eps", "weight"), "fp32")
@@ -251,7 +259,7 @@ def test_kernels_compile_for_a_card_and_fit_into_small_ones() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line) for line in done.stdout.split()]
-    assert len(shared) == 19
+    assert len(shared) == 24
     assert max(shared) < 99 * 1024  # bytes that a program may have on cards for games, and more on others
 
 
@@ -382,71 +390,10 @@ def test_packed_text_without_autocast_is_as_exact_as_a_mask() -> None:
     assert distance(results(network(Kernels(text="packed"), "cuda"), given), exact) < 1e-5
 
 
-# ---- FP8 ----
-
-
-@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
-def test_fp8_products_are_near_and_the_weight_gradient_is_exact(recipe: str) -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(64, 96)
-    low = FP8Linear.of(layer, recipe)
-    assert low.weight is layer.weight
-    tokens, grad = torch.randn(2, 50, 64), torch.randn(2, 50, 96)
-    each = []
-    for module in (low, layer):
-        leaf = tokens.clone().requires_grad_()
-        output = module(leaf)
-        each.append([output, *torch.autograd.grad(output, [leaf, module.weight, module.bias], grad)])
-    ours, exact = each
-    for index in (0, 1):
-        error = (ours[index] - exact[index]).norm() / exact[index].norm()
-        assert 1e-3 < error < 0.06  # e4m3 has 3 bits after the point, e5m2 has 2
-    torch.testing.assert_close(ours[2:], exact[2:])
-
-
-@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
-def test_a_row_of_zeros_stays_zero_in_fp8(recipe: str) -> None:
-    low = FP8Linear.of(nn.Linear(16, 16, bias=False), recipe)
-    tokens = torch.zeros(3, 16, requires_grad=True)
-    low(tokens).sum().backward()
-    assert torch.isfinite(tokens.grad).all()  # type: ignore[arg-type]
-    assert low(tokens).abs().max() == 0
-
-
-def test_fp8_changes_the_named_layers_alone_and_no_weights() -> None:
-    model = network()
-    before = dict(model.named_parameters())
-    assert use_fp8(model, "rowwise") == 6  # three of each of two blocks
-    assert type(model.blocks[1].mlp.fc2) is FP8Linear
-    assert type(model.blocks[1].attn.proj) is nn.Linear
-    after = dict(model.named_parameters())
-    assert before.keys() == after.keys()
-    assert all(before[name] is after[name] for name in before)
-
-
-def test_fp8_says_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match="multiples of 16"):
-        use_fp8(network(hidden_size=40, num_heads=4), "rowwise")
-    with pytest.raises(ValueError, match="no linear layer"):
-        use_fp8(network(), "rowwise", ("mlp.fc3",))
-    with pytest.raises(ValueError, match="fp8='nearest' is unknown"):
-        use_fp8(network(), "nearest")
-
-
-@gpu
-@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
-def test_fp8_units_compute_what_is_emulated(recipe: str) -> None:
-    torch.manual_seed(0)
-    layer = FP8Linear.of(nn.Linear(128, 256), recipe).bfloat16()
-    tokens = torch.randn(64, 128, dtype=torch.bfloat16)
-    emulated = layer(tokens)
-    torch.testing.assert_close(layer.cuda()(tokens.cuda()).cpu(), emulated, rtol=2e-2, atol=2e-2)
-
-
 def test_an_unknown_choice_is_named() -> None:
     with pytest.raises(ValueError, match="attention='fast' is unknown; choose one of torch, auto"):
         Kernels(attention="fast")
     with pytest.raises(ValueError, match="text='none' is unknown; choose one of mask, spare, packed"):
         Kernels(text="none")
-    with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, cublas, quack"):
+    with pytest.raises(ValueError, match="mlp='fast' is unknown; choose one of torch, auto, cublas"):
         Kernels(mlp="fast")

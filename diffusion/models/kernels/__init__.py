@@ -8,7 +8,6 @@ from diffusion.models.kernels.attention import attend, attend_text, text_width
 from diffusion.models.kernels.choice import ATTENTIONS, TEXTS, Kernels, use_kernels
 from diffusion.models.kernels.elementwise import (
     gated_residual,
-    gelu_linear,
     gelu_mlp,
     kept_norm,
     modulate,
@@ -31,7 +30,6 @@ __all__ = [
     "attend_text",
     "from_heads",
     "gated_residual",
-    "gelu_linear",
     "gelu_mlp",
     "kept_norm",
     "modulate",

@@ -22,7 +22,7 @@ from diffusion.models.kernels.availability import can_run, kept_in
 
 ATTENTIONS = ("torch", "auto", "cudnn", "flash", "efficient", "math", "products", "fa3", "fa4")
 TEXTS = ("mask", "spare", "packed", "direct")
-MLPS = ("torch", "cublas", "quack")
+MLPS = ("torch", "auto", "cublas", "quack")
 LOGGER = logging.getLogger(__name__)
 # Module and name of what kernels come in.
 _PACKAGES = {
@@ -41,7 +41,8 @@ _BEST: dict[int, tuple[tuple[int, str, int | None], ...]] = {
 _BEST_IN_DRAWING: dict[int, tuple[tuple[int, str, int | None], ...]] = {
     9: ((2048, "fa4", 80), (0, "cudnn", None)),
 }
-_LARGEST_ERROR = 0.02  # of attention in bf16; kernels that are right stay below 0.005
+_LARGEST_ERROR = 0.02  # in bf16; kernels that are right stay below 0.005
+_FEWEST_FOR_QUACK = 1024  # image tokens, in drawing; with fewer, compiling its kernel takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Kernels:
             one after another, without padding), "direct" (Triton kernels that read the mask, on a GPU).
         fused: norm, modulation, gate, residual and GELU as Triton kernels with one pass each way, on a GPU.
         mlp: the feed-forward layer by "torch", or with the GELU inside its products: "cublas" (without gradients alone,
-            else as "torch"), "quack" (a package of its own, on Hopper cards, for half precision).
+            else as "torch"), "quack" (a package of its own, on Hopper cards, for half precision), or "auto": "quack"
+            where it is installed and pays, else what needs no package.
         bf16_stream: keep the tokens between blocks in bfloat16 under bf16 autocast, instead of float32.
     """
 
@@ -99,9 +101,8 @@ def use_kernels(
     if device.type == "cuda":
         if kernels.attention != "auto":  # whose choice has been activated where it was tried
             _activate(decided.attention, decided.head_width, device, gradients)
-        if decided.mlp == "quack":
-            with _explained("mlp", "quack", "'torch'"):
-                importlib.import_module("diffusion.models.kernels.epilogues")  # not while the compiler reads a block
+        if kernels.mlp == "quack":
+            _activate_quack(device)
     for module in network.modules():
         if hasattr(module, "kernels"):
             module.kernels = decided  # type: ignore[assignment]
@@ -112,6 +113,8 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
     if kernels.fused and not can_run(device) and device.type != "cpu":
         LOGGER.info("fused kernels need CUDA and Triton; the blocks compute in plain torch")
         kernels = replace(kernels, fused=False)
+    if kernels.mlp == "auto":
+        kernels = replace(kernels, mlp=_best_mlp(device, num_tokens, gradients))
     if kernels.mlp != "torch" and device.type != "cuda":
         LOGGER.info("mlp=%r needs CUDA; the feed-forward layers compute in plain torch", kernels.mlp)
         kernels = replace(kernels, mlp="torch")
@@ -128,6 +131,19 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
         return replace(kernels, attention="products")
     return replace(kernels, attention="torch")
+
+
+def _best_mlp(device: torch.device, num_tokens: int, gradients: bool) -> str:
+    if device.type != "cuda":
+        return "torch"
+    pays = gradients or num_tokens >= _FEWEST_FOR_QUACK
+    if pays and is_installed("quack") and torch.cuda.get_device_capability(device)[0] == 9:
+        try:
+            _activate_quack(device)
+            return "quack"
+        except RuntimeError as error:
+            LOGGER.warning("mlp='auto': %s", error)
+    return "torch" if gradients else "cublas"
 
 
 def is_installed(form: str) -> bool:
@@ -170,6 +186,20 @@ def _activate(attention: str, width: int | None, device: torch.device, gradients
             torch.nn.attention.restore_flash_attention_impl()
             raise
     LOGGER.info("attention: %s takes the place of torch's FLASH kernel", attention.upper())
+
+
+def _activate_quack(device: torch.device) -> None:
+    """Its kernels compute something known first."""
+    with _explained("mlp", "quack", "'torch'"):
+        # Not while the compiler reads a block.
+        epilogues = importlib.import_module("diffusion.models.kernels.epilogues")
+        with torch.inference_mode(False), torch.no_grad():
+            generator = torch.Generator(device).manual_seed(0)
+            rows, weight = torch.randn(2, 64, 64, generator=generator, device=device).bfloat16()
+            exact = F.gelu(F.linear(rows.double(), weight.double(), rows[0].double()), approximate="tanh")
+            error = ((epilogues.gelu_linear(rows, weight, rows[0]) - exact).norm() / exact.norm()).item()
+        if not error < _LARGEST_ERROR:
+            raise ArithmeticError(f"wrong GELU of a product, relative error {error:.2g}")
 
 
 def _check_flash(width: int, device: torch.device, gradients: bool) -> None:

@@ -15,7 +15,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from diffusion.models.kernels.availability import can_run, product_dtype
-from diffusion.models.kernels.fp8 import FP8Linear
+from diffusion.models.kernels.fp8 import rounds_by_row
 
 EPS = 1e-6
 _GELU_SCALE = 2 * math.sqrt(2 / math.pi)
@@ -69,15 +69,17 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool 
     return (tokens + gate * update).to(tokens.dtype)
 
 
-def gelu_linear(tokens: Tensor, layer: nn.Module, *, fused: bool = False) -> Tensor:
-    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); fused, without gradients: in the product."""
-    if fused and tokens.is_cuda and type(layer) is nn.Linear and not torch.is_grad_enabled():
-        dtype = product_dtype(tokens)
-        weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-        rows = tokens.to(dtype).flatten(0, -2)
-        out: Tensor = _gelu_linear(rows, weight, bias)
-        return out.unflatten(0, tokens.shape[:-1])
-    return F.gelu(layer(tokens), approximate="tanh")
+def gelu_linear(tokens: Tensor, layer: nn.Module, *, form: str = "torch") -> Tensor:
+    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); without gradients, in the product by "cublas" (what
+    `form` says, of `Kernels.mlp`) or "quack"."""
+    if form == "torch" or not tokens.is_cuda or type(layer) is not nn.Linear or torch.is_grad_enabled():
+        return F.gelu(layer(tokens), approximate="tanh")
+    dtype, product = product_dtype(tokens), _gelu_linear
+    if form == "quack" and dtype != torch.float32:
+        from diffusion.models.kernels.epilogues import gelu_linear as product
+    rows = tokens.to(dtype).flatten(0, -2)
+    out: Tensor = product(rows, layer.weight.to(dtype), layer.bias.to(dtype))
+    return out.unflatten(0, tokens.shape[:-1])
 
 
 @custom_op("pixart::gelu_linear", mutates_args=())
@@ -102,9 +104,11 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
         hidden: Tensor = mlp.fc1(tokens)
         return mlp.fc2(_LogisticGelu.apply(hidden))
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-    if (fused or form == "cublas") and is_plain and not torch.is_grad_enabled():
-        return mlp.fc2(gelu_linear(tokens, mlp.fc1, fused=True))
-    if _rounds_by_row(mlp.fc1) and _rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
+    if form == "torch" and fused:
+        form = "cublas"
+    if form != "torch" and is_plain and not torch.is_grad_enabled():
+        return mlp.fc2(gelu_linear(tokens, mlp.fc1, form=form))
+    if rounds_by_row(mlp.fc1) and rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
         from diffusion.models.kernels.fp8_mlp import gelu_mlp as compute
     elif form == "quack" and is_plain and tokens.is_cuda and product_dtype(tokens) != torch.float32:
         from diffusion.models.kernels.epilogues import gelu_mlp as compute
@@ -147,10 +151,6 @@ def logistic_gelu(x: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least. Not by a cast that does nothing: the compiler of torch 2.11 loses the gradient behind it."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _rounds_by_row(layer: nn.Module) -> bool:
-    return type(layer) is FP8Linear and layer.recipe == "rowwise"
 
 
 def is_tanh_gelu(activation: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 Forward, the first product writes its output and the GELU of it; backward, the product that makes the gradient of the
 GELU's output writes that of its input and the output again. So nothing reads or writes the widest activations for the
-GELU's sake. The other products, and the sums of the biases' gradients, are torch's.
+GELU's sake. The other products, and the sums of the biases' gradients, are torch's. In drawing, the first product
+writes the GELU alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,24 @@ from typing import Any
 import torch
 from quack.gemm_interface import gemm_act, gemm_dact
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn import functional as F
 
 _GELU = "gelu_tanh_approx"
+
+
+@custom_op("pixart::quack_gelu_linear", mutates_args=())
+def gelu_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(rows weight^T + bias), (M, D) -> (M, K), without gradients; one half precision, sizes are multiples of 8."""
+    activated: Tensor = gemm_act(
+        rows, weight.t(), bias=bias, activation=_GELU, store_preact=False, tuned=False
+    )[1]  # fmt: skip
+    return activated
+
+
+@gelu_linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 def gelu_mlp(tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.kernels.availability import can_run
+from diffusion.models.kernels.availability import HAS_TRITON, can_run
 
 RECIPES = ("rowwise", "tensorwise")
 # Wide enough to gain (o and q projections are not, with 1152 inputs and outputs).
@@ -46,6 +46,8 @@ def use_fp8(network: nn.Module, recipe: str, layers: tuple[str, ...] = FP8_LAYER
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, FP8Linear.of(layer, recipe))
     importlib.import_module("diffusion.models.kernels.fp8_mlp")  # not while the compiler reads a block
+    if HAS_TRITON:
+        importlib.import_module("diffusion.models.kernels.qkv")
     return len(chosen)
 
 
@@ -85,22 +87,36 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         grad = grad_out.flatten(0, -2)
-        rows, rows_scale = rounded(grad, ctx.by_row, torch.float8_e4m3fn if ctx.by_row else torch.float8_e5m2)
+        if ctx.by_row:
+            rows, rows_scale, grad_bias = rounded_with_sum(grad)
+        else:
+            rows, rows_scale = quantise(grad, False, torch.float8_e5m2)
+            grad_bias = grad.sum(0, dtype=torch.float32)
         columns, columns_scale = quantise(weight.t().contiguous(), ctx.by_row)
         grad_tokens = scaled_product(rows, columns, rows_scale, columns_scale, None, tokens.dtype, fast=False)
         grad_weight = grad.t() @ tokens.flatten(0, -2)
-        grad_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype) if ctx.has_bias else None
-        return grad_tokens.view_as(tokens), grad_weight, grad_bias, None
+        return grad_tokens.view_as(tokens), grad_weight, grad_bias.to(grad.dtype) if ctx.has_bias else None, None
 
 
-def rounded(values: Tensor, by_row: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+def rounded(values: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     """`quantise`, of many rows on a GPU in a pass of its own, which is faster than what the compiler makes of it."""
     if by_row and can_run(values.device):
         from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_rows
 
         if values.shape[1] <= MOST_COLUMNS:
             return rounded_rows(values)
-    return quantise(values, by_row, dtype)
+    return quantise(values, by_row)
+
+
+def rounded_with_sum(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rounded` by row, and the sum over all rows, (K,) float32: on a GPU both in one pass."""
+    if can_run(values.device):
+        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_and_summed
+
+        if values.shape[1] <= MOST_COLUMNS:
+            rows, scale, sums = rounded_and_summed(values)
+            return rows, scale, sums.sum(0)
+    return *quantise(values, by_row=True), values.sum(0, dtype=torch.float32)
 
 
 def quantise(values: Tensor, by_row: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
@@ -124,3 +140,16 @@ def scaled_product(
         return torch._scaled_mm(rows, columns.t(), bias=bias, out_dtype=dtype, use_fast_accum=fast, **scales)
     out = (rows.float() * rows_scale) @ (columns.float() * columns_scale).t()
     return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def product_by_row(
+    rows: tuple[Tensor, Tensor], columns: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """`scaled_product` of rows that are rounded, and their scales, with columns (N, K) that are rounded here."""
+    rounded_columns, scale = quantise(columns, by_row=True)
+    return scaled_product(rows[0], rounded_columns, rows[1], scale, bias, dtype, fast=fast)
+
+
+def rounds_by_row(layer: nn.Module) -> bool:
+    """Whether a layer computes in FP8 with a scale for each row."""
+    return type(layer) is FP8Linear and layer.recipe == "rowwise"

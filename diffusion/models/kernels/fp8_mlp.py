@@ -2,7 +2,7 @@
 
 Products are those of `FP8Linear`: forward pass and gradients of inputs in FP8, gradients of weights in the precision
 of the tokens. What differs is that the GELU itself is never stored: forward, its pass rounds to FP8; backward, one
-pass makes it again with the gradient of its input (`fused.py`).
+pass makes it again with the gradient of its input, which it rounds as well.
 """
 
 from __future__ import annotations
@@ -13,41 +13,34 @@ import torch
 from torch import Tensor
 
 from diffusion.models.kernels.availability import HAS_TRITON
-from diffusion.models.kernels.fp8 import quantise, rounded, scaled_product
+from diffusion.models.kernels.fp8 import product_by_row, rounded, rounded_with_sum
 
 if HAS_TRITON:  # not while the compiler reads a block
-    from diffusion.models.kernels.fp8_rows import rounded_rows
-    from diffusion.models.kernels.fused import gelu_gradients
+    from diffusion.models.kernels.fp8_rows import rounded_gelu_gradients, rounded_rows
 
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         dtype = tokens.dtype
-        hidden = _product(rounded(tokens, by_row=True), weight1, bias1, dtype, fast=True)
+        hidden = product_by_row(rounded(tokens, by_row=True), weight1, bias1, dtype, fast=True)
         ctx.save_for_backward(tokens, weight1, weight2, hidden)
-        return _product(rounded_rows(hidden, True), weight2, bias2, dtype, fast=True)
+        return product_by_row(rounded_rows(hidden, True), weight2, bias2, dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         tokens, weight1, weight2, hidden = ctx.saved_tensors
         dtype = tokens.dtype
-        grad_activated = _product(rounded(grad, by_row=True), weight2.t().contiguous(), None, dtype, fast=False)
-        activated, grad_hidden, parts = gelu_gradients(grad_activated, hidden)
+        grad_rows, grad_scales, grad_bias2 = rounded_with_sum(grad)
+        grad_activated = product_by_row((grad_rows, grad_scales), weight2.t().contiguous(), None, dtype, fast=False)
+        activated, grad_hidden, rows, scales, sums = rounded_gelu_gradients(grad_activated, hidden)
         return (
-            _product(rounded(grad_hidden, by_row=True), weight1.t().contiguous(), None, dtype, fast=False),
+            product_by_row((rows, scales), weight1.t().contiguous(), None, dtype, fast=False),
             grad_hidden.t() @ tokens,
-            parts.sum(0).to(dtype),
+            sums.sum(0).to(dtype),
             grad.t() @ activated,
-            grad.sum(0, dtype=torch.float32).to(dtype),
+            grad_bias2.to(dtype),
         )
-
-
-def _product(
-    rows: tuple[Tensor, Tensor], columns: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool
-) -> Tensor:
-    weight, scale = quantise(columns, by_row=True)
-    return scaled_product(rows[0], weight, rows[1], scale, bias, dtype, fast=fast)
 
 
 def gelu_mlp(tokens: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:

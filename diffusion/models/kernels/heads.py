@@ -6,11 +6,14 @@ so no gradient reaches them, and weights, optimiser and checkpoints keep their s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.models.kernels.availability import can_run, product_dtype
+from diffusion.models.kernels.fp8 import rounds_by_row
 
 
 def to_heads(layer: nn.Module, tokens: Tensor, channels: int, width: int | None = None, spare: float = 0.0) -> Tensor:
@@ -33,14 +36,16 @@ def to_qkv(
     """(B, N, D) -> queries, keys and values, each (B, N, H, channels) or padded up to `width`, by one projection.
 
     Args:
-        fused: where gradients are asked for, they are joined and summed in one pass (CUDA, Triton, no padding).
+        fused: where gradients are asked for, they are joined and summed in one pass (CUDA, Triton).
     """
-    plain = type(layer) is nn.Linear and layer.bias is not None and width in (None, channels)
+    in_fp8 = rounds_by_row(layer)
+    plain = (in_fp8 or type(layer) is nn.Linear) and layer.bias is not None
     if fused and plain and torch.is_grad_enabled() and can_run(tokens.device):
         from diffusion.models.kernels.qkv import project_qkv
 
-        dtype, weight, bias = product_dtype(tokens), layer.weight, layer.bias
-        return project_qkv(tokens.to(dtype), weight.to(dtype), bias.to(dtype), channels)  # type: ignore[arg-type]
+        linear: Any = layer
+        weight, bias = (part.to(product_dtype(tokens)) for part in (linear.weight, linear.bias))
+        return project_qkv(tokens.to(weight.dtype), weight, bias, channels, width or channels, in_fp8=in_fp8)
     q, k, v = to_heads(layer, tokens, channels, width).chunk(3, dim=2)
     return q, k, v
 
