@@ -150,7 +150,7 @@ def fused_cases(device: Any, samples: int, tokens: int, width: int) -> Iterator[
     yield "FP8 of a row", Case(lambda: fp8_rows.rounded_rows(flat), row + row // 2, place, forward)
     yield "FP8 of a wide row", Case(lambda: fp8_rows.rounded_rows(hidden), wide + wide // 2, place, forward)
     yield "FP8 of a GELU", Case(lambda: fp8_rows.rounded_rows(hidden, True), wide + wide // 2, place, forward)
-    tiles = [{"ROWS": rows, "num_warps": warps} for rows, warps in itertools.product((8, 16, 32), (4, 8, 16))]
+    tiles = [{"ROWS": rows, "num_warps": warps} for rows, warps in itertools.product((8, 16, 32), (1, 2, 4, 8, 16))]
     place = (fp8_rows, "_SUM")
     yield "FP8 of a row, and sums", Case(lambda: fp8_rows.rounded_and_summed(flat), row + row // 2, place, tiles)
     channels, place = math.gcd(width, 72), (fp8_rows, "_JOIN")

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from diffusion.config.section import Section, Strings, rule_error
 
-FP8_LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
+FP8_LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class KernelsConfig(Section):

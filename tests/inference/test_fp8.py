@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.inference.fp8 import FORMAT, Fp8Linear, has_fp8_products, quantize_network
+from diffusion.inference.fp8 import FORMAT, FP8_LAYERS, Fp8Linear, has_fp8_products, quantize_network
 from diffusion.models import ControlPixArt
-from diffusion.models.kernels import FP8_LAYERS
 from diffusion.models.kernels.fp8 import quantise
 from tests.inference.tiny_pipeline import tiny_transformer
 

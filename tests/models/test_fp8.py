@@ -72,9 +72,9 @@ def test_a_row_of_zeros_stays_zero_in_fp8(recipe: str) -> None:
 def test_fp8_changes_the_named_layers_alone_and_no_weights() -> None:
     model = network()
     before = dict(model.named_parameters())
-    assert use_fp8(model, "rowwise") == 6  # three of each of two blocks
+    assert use_fp8(model, "rowwise") == 12  # six of each of two blocks
     assert type(model.blocks[1].mlp.fc2) is FP8Linear
-    assert type(model.blocks[1].attn.proj) is nn.Linear
+    assert type(model.blocks[1].cross_attn.kv_linear) is nn.Linear
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.training.fused_update import FusedUpdate
-from diffusion.training.optimization import WeightAverage, global_norm
+from diffusion.training.optimization import WeightAverage
 from diffusion.training.state import RunState
 
 
@@ -35,11 +35,13 @@ def run(module: nn.Module, fused: bool, steps: int, skipped: int | None, clip: f
     state = RunState(module, optimizer, torch.amp.GradScaler("cpu", enabled=False), average)  # type: ignore[arg-type]
     update = FusedUpdate(module, optimizer, average) if fused else None
     generator = torch.Generator().manual_seed(1)
+    parameters = [*module[0].parameters(), *module[2].parameters()]
     for step in range(steps):
-        for parameter in [*module[0].parameters(), *module[2].parameters()]:
+        for parameter in parameters:
             gradient = torch.randn(parameter.shape, generator=generator) * (step + 1)
             parameter.grad = gradient.to(parameter) * (float("nan") if step == skipped else 1.0)
-        verdict: Any = Verdict(step == skipped, global_norm(list(module.parameters())))
+        norm = torch.cat([parameter.grad.double().flatten() for parameter in parameters]).norm()
+        verdict: Any = Verdict(step == skipped, norm.float())  # in float32 a CPU's norm is not a card's
         state.fused_update = update
         state.update(verdict, clip)
         if step != skipped:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from diffusion.models.kernels.availability import HAS_TRITON, can_run
 
 RECIPES = ("rowwise", "tensorwise")
-# Wide enough to gain (o and q projections are not, with 1152 inputs and outputs).
-FP8_LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
+# All that multiply image tokens.
+FP8_LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def use_fp8(network: nn.Module, recipe: str, layers: tuple[str, ...] = FP8_LAYERS) -> int:

@@ -19,7 +19,7 @@ MOST_COLUMNS = 8192  # that fit into the registers of a program
 # As fastest on an H200.
 _ROUND = {"num_warps": 4}
 _SUM = {"ROWS": 16, "num_warps": 4}
-_GELU = {"ROWS": 32, "num_warps": 8}
+_GELU = {"ROWS": 32, "num_warps": 16}
 _JOIN = {"ROWS": 16, "num_warps": 4}
 
 

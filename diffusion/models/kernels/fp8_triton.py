@@ -46,16 +46,12 @@ def _largest(first, second):
 
 
 @triton.jit
-def _scale(largest, scales, row, end):
-    """What the rounded row is to be multiplied by; written down."""
+def _factor(largest, scales, row, end):
+    """What makes a row's largest value that of e4m3, to which a card's conversion limits what rounding leaves above it;
+    writes down its inverse. (Quotients are many instructions.)"""
     scale = tl.maximum(largest, 1e-12) / LARGEST
     tl.store(scales + row, scale, mask=row < end)
-    return scale
-
-
-@triton.jit
-def _scaled(part, scale):
-    return tl.minimum(tl.maximum(part / scale, -LARGEST), LARGEST)
+    return 1.0 / scale
 
 
 @triton.jit
@@ -71,8 +67,8 @@ def round_row(values, rounded, scales, width, OF_GELU: tl.constexpr, MAIN: tl.co
     row, main, rest = tl.program_id(0).to(tl.int64), tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     first, second = _row(values, row, row + 1, width, main, rest, width, 1, 1)
     first, second = _gelu(first.to(tl.float32), OF_GELU), _gelu(second.to(tl.float32), OF_GELU)
-    scale = _scale(_largest(first, second), scales, row, row + 1)
-    _put(_scaled(first, scale), _scaled(second, scale), rounded, row, row + 1, width, main, rest, width)
+    factor = _factor(_largest(first, second), scales, row, row + 1)
+    _put(first * factor, second * factor, rounded, row, row + 1, width, main, rest, width)
 
 
 @triton.jit
@@ -90,8 +86,8 @@ def round_and_sum(
         next1, next2 = _row(values, row + 1, end, width, main, rest, width, 1, 1)
         sum1 += first
         sum2 += second
-        scale = _scale(_largest(first, second), scales, row, end)
-        _put(_scaled(first, scale), _scaled(second, scale), rounded, row, end, width, main, rest, width)
+        factor = _factor(_largest(first, second), scales, row, end)
+        _put(first * factor, second * factor, rounded, row, end, width, main, rest, width)
         row += 1
     _put(sum1, sum2, sums, tl.program_id(0).to(tl.int64), tl.num_programs(0), width, main, rest, width)
 
@@ -120,8 +116,8 @@ def round_gelu_gradients(
         sum2 += second
         _put(active1, active2, activated, row, end, width, main, rest, width)
         _put(first, second, grad_hidden, row, end, width, main, rest, width)
-        scale = _scale(_largest(first, second), scales, row, end)
-        _put(_scaled(first, scale), _scaled(second, scale), rounded, row, end, width, main, rest, width)
+        factor = _factor(_largest(first, second), scales, row, end)
+        _put(first * factor, second * factor, rounded, row, end, width, main, rest, width)
         row += 1
     _put(sum1, sum2, sums, tl.program_id(0).to(tl.int64), tl.num_programs(0), width, main, rest, width)
 
@@ -152,10 +148,10 @@ def round_joined(
         _put(k1, k2, joined + width, row, end, 3 * width, main, rest, width)
         _put(v1, v2, joined + 2 * width, row, end, 3 * width, main, rest, width)
         largest = tl.maximum(_largest(q1, q2), tl.maximum(_largest(k1, k2), _largest(v1, v2)))
-        scale = _scale(largest, scales, row, end)
-        _put(_scaled(q1, scale), _scaled(q2, scale), rounded, row, end, 3 * width, main, rest, width)
-        _put(_scaled(k1, scale), _scaled(k2, scale), rounded + width, row, end, 3 * width, main, rest, width)
-        _put(_scaled(v1, scale), _scaled(v2, scale), rounded + 2 * width, row, end, 3 * width, main, rest, width)
+        factor = _factor(largest, scales, row, end)
+        _put(q1 * factor, q2 * factor, rounded, row, end, 3 * width, main, rest, width)
+        _put(k1 * factor, k2 * factor, rounded + width, row, end, 3 * width, main, rest, width)
+        _put(v1 * factor, v2 * factor, rounded + 2 * width, row, end, 3 * width, main, rest, width)
         row += 1
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     _put(q_sum1, q_sum2, sums, program, programs, 3 * width, main, rest, width)
