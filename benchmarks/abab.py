@@ -42,8 +42,11 @@ class Arm(Protocol):
     def build(self, setting: Setting) -> Callable[[], Any]:
         """A call that does the work for `setting.batch` pictures."""
 
+    def rest(self) -> None:
+        """After a turn: give up what the next one makes anew, as gradients and CUDA graphs with their memory."""
+
     def state(self) -> Iterable[Tensor]:
-        """Tensors that may leave the device while other arms run; nothing that a CUDA graph holds."""
+        """Tensors that may leave the device while the arm rests."""
 
 
 @dataclass
@@ -82,9 +85,8 @@ class Garage:
     def park(self, arm: Arm) -> None:
         if id(arm.owner) in self.kept:
             return
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in arm.state()}
         kept = self.kept[id(arm.owner)] = []
-        for storage in storages.values():
+        for storage in storages(arm):
             pinned = storage.is_cuda  # from torch's cache of pinned memory, which the next turn finds again
             copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
             kept.append((storage, copy.copy_(storage)))
@@ -94,6 +96,11 @@ class Garage:
         for storage, copy in self.kept.pop(id(arm.owner), []):
             storage.resize_(copy.nbytes())
             storage.copy_(copy)
+
+
+def storages(arm: Arm) -> list[torch.UntypedStorage]:
+    """Of an arm's state, each once."""
+    return [*{t.untyped_storage().data_ptr(): t.untyped_storage() for t in arm.state()}.values()]
 
 
 def tidy(device: Any) -> None:
@@ -170,12 +177,13 @@ def compare(
 
     Args:
         warm_up: calls before an arm is timed. seconds: least length of a window.
-        park: keep the state of waiting arms in host memory; else all arms stay on the device, and the peak of each
-            leaves out what the others hold.
+        park: keep the state of waiting arms in host memory, which takes seconds a turn; else all arms stay on the
+            device, and the peak of each leaves out what the others hold.
         search_s: time for all searches; each arm has its share, and tries one setting at least.
     """
     began = time.monotonic()
-    garage, results, calls, counts, resident = Garage(), [], [], [], []
+    garage, results, calls, counts = Garage(), [], [], []
+    held: dict[int, int] = {}  # bytes of resting arms, by owner
     if park:
         for arm in arms:
             garage.park(arm)
@@ -189,14 +197,18 @@ def compare(
         times = max(warm_up, 1)
         result.warm_up_s = round(times * window(call, device, times), 2)
         counts.append(calls_for(call, device, seconds))
-        tidy(device)
-        resident.append(0 if park else allocated(device) - before)
         results.append(result)
         calls.append(call)
+        print(f"{arm.name}: {result.setting}, ready after {time.monotonic() - began:.0f} s", flush=True)
+        arm.rest()
+        tidy(device)
         if park:
             garage.park(arm)
+        else:
+            own = max(allocated(device) - before, sum(storage.nbytes() for storage in storages(arm)))
+            held[id(arm.owner)] = max(own, held.get(id(arm.owner), 0))
     for _ in range(windows):
-        for arm, result, call, count, own in zip(arms, results, calls, counts, resident):
+        for arm, result, call, count in zip(arms, results, calls, counts):
             garage.wake(arm)
             tidy(device)
             if device.type == "cuda":  # here: what a graph works in is allocated while it is recorded
@@ -205,9 +217,13 @@ def compare(
                 call()
             finish(device)
             result.seconds.append(window(call, device, count))
-            result.peak_bytes = max(result.peak_bytes, allocated(device, peak=True) - (sum(resident) - own))
+            others = sum(held.values()) - held.get(id(arm.owner), 0)
+            result.peak_bytes = max(result.peak_bytes, allocated(device, peak=True) - others)
+            arm.rest()
             if park:
                 garage.park(arm)
+        turn = ", ".join(f"{result.name} {1000 * result.seconds[-1]:.2f} ms" for result in results)
+        print(f"turn {len(results[0].seconds)}, after {time.monotonic() - began:.0f} s: {turn}", flush=True)
     return results
 
 

@@ -135,6 +135,9 @@ class SamplingArm:
 
         return call
 
+    def rest(self) -> None:
+        pass
+
     def state(self) -> Iterable[Tensor]:
         return ()
 

@@ -124,11 +124,13 @@ class OurTraining:
         if self.trainer.passes is not None:
             self.trainer.passes = self.trainer._recorded_passes(self.network)
 
-    def state(self) -> Iterable[Tensor]:
+    def rest(self) -> None:
         self._forget_graphs()
+        self.trainer.state.settle()
+        self.trainer.state.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> Iterable[Tensor]:
         state = self.trainer.state
-        state.settle()
-        state.optimizer.zero_grad(set_to_none=True)
         averaged = [] if state.average is None else state.average.tensors.values()
         yield from itertools.chain(_tensors(state.network), _moments(state.optimizer), averaged)
 
@@ -212,9 +214,11 @@ class DiffusersTraining:
 
         return call
 
+    def rest(self) -> None:
+        self.shared.optimizer.zero_grad(set_to_none=True)
+
     def state(self) -> Iterable[Tensor]:
         shared = self.shared
-        shared.optimizer.zero_grad(set_to_none=True)
         yield from itertools.chain(_tensors(shared.model), _moments(shared.optimizer), shared.average)
 
 

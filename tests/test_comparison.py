@@ -69,6 +69,9 @@ class CountingArm:
 
         return call
 
+    def rest(self) -> None:
+        self.log.append(f"{self.name} rests")
+
     def state(self) -> list[torch.Tensor]:
         return [*self.tensors, self.view]
 
@@ -83,7 +86,7 @@ def test_turns_keep_the_states_of_waiting_arms(program: Any) -> None:
     results = abab.compare(arms, device, windows=3, warm_up=1, seconds=0.0, park=True)
     assert [len(result.seconds) for result in results] == [3, 3, 3]
     order = [name for index, name in enumerate(log) if index == 0 or log[index - 1] != name]
-    assert order == ["A", "B", "C"] * 4  # warm-up, then three turns
+    assert order == [part for name in "ABC" for part in (name, f"{name} rests")] * 4  # warm-up, then three turns
     assert log.count("B") == log.count("A") + 3 * 2
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in first.tensors)  # parked after the last turn
 
