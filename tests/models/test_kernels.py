@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusion.models import ControlPixArt, PixArt
 from diffusion.models.kernels import Kernels, attend, choice, use_kernels
 from diffusion.models.kernels.choice import is_installed
 from diffusion.models.kernels.elementwise import _LogisticGelu
+from diffusion.models.kernels.flash4 import mend
 from diffusion.models.kernels.products import MOST_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,10 +285,39 @@ def test_auto_passes_over_a_package_that_fails(
     monkeypatch.setitem(choice._PACKAGES, "fa4", ("json", "flash-attn-4"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(choice, "mend", lambda: None)
     with pytest.raises(RuntimeError, match=r"attention='fa4': .* fails \(ValueError: too many values"):
         use_kernels(network(), Kernels(attention="fa4"), torch.device("cuda"))
     assert choice.decide(Kernels(attention="auto"), torch.device("cuda"), 4096).attention == "cudnn"
     assert "attention='auto': attention='fa4': the package flash-attn-4" in caplog.text
+
+
+def test_sums_of_gradients_are_read_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Postprocess:
+        def __init__(self, dtype: str, head_dim: int, arch: int, tile_m: int = 128) -> None:
+            self.tile_hdim, self.tile_m = -(-head_dim // 32) * 32, tile_m
+            self.check_hdim_oob = head_dim != self.tile_hdim
+
+    interface = ModuleType("flash_attn.cute.interface")
+    interface.FlashAttentionBackwardPostprocess = Postprocess  # type: ignore[attr-defined]
+    package = ModuleType("flash_attn.cute")
+    package.interface = interface  # type: ignore[attr-defined]
+    for name, module in {"flash_attn": ModuleType("flash_attn"), "flash_attn.cute": package}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    mend()
+    mended = interface.FlashAttentionBackwardPostprocess  # type: ignore[attr-defined]
+    mend()
+    assert interface.FlashAttentionBackwardPostprocess is mended  # type: ignore[attr-defined]
+    for width, arch, wanted in (
+        (72, 90, (80, True)),
+        (80, 90, (80, False)),
+        (96, 90, (96, False)),
+        (72, 100, (96, True)),
+    ):
+        made = mended("bf16", width, arch, tile_m=64)
+        assert (made.tile_hdim, made.check_hdim_oob, made.tile_m) == (*wanted, 64)
+    del interface.FlashAttentionBackwardPostprocess  # type: ignore[attr-defined]
+    mend()  # a version that has none
 
 
 def test_a_flash_kernel_whose_gradients_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,9 +337,9 @@ def test_a_flash_kernel_whose_gradients_are_wrong_is_refused(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("gradients", "text", "side", "taken"),
     [
-        (True, "packed", 32, ("fa4", 96)),
-        (False, "direct", 64, ("fa4", 80)),
-        (False, "direct", 32, ("cudnn", None)),  # compiling its kernels would take longer than they save
+        (True, "packed", 32, ("fa4", None)),
+        (False, "direct", 32, ("fa4", None)),
+        (False, "direct", 16, ("cudnn", None)),  # compiling its kernels would take longer than they save
         (False, "packed", 64, ("cudnn", None)),
     ],
 )
