@@ -15,7 +15,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @gpu
 @pytest.mark.parametrize(("clip", "skipped"), [(20.0, 3), (None, None)])
 def test_on_a_card_a_step_is_torchs(clip: float | None, skipped: int | None) -> None:
-    assert difference("cuda", clip=clip, skipped=skipped) < 2e-6
+    assert difference("cuda", clip=clip, skipped=skipped) < 1e-5  # of which torch's first step on a card is the most
 
 
 def test_the_average_is_brought_up_to_date_once() -> None:
