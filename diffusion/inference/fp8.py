@@ -1,19 +1,22 @@
 """Linear layers in 8-bit floating point for drawing: lossy, faster on cards with FP8 products (Ada, Hopper, later).
 
-Weights (e4m3) have a scale an output channel, made once; activations a scale a token, made in each pass. With compiled
-blocks the compiler joins that pass with the norm or GELU before it. Weights are kept as bytes, so casting a network
-leaves them alone.
+Weights (e4m3) have a scale an output channel, made once; activations a scale a token, made in each pass: on a GPU in
+one read, which takes in the GELU between two such layers. Weights are kept as bytes, so casting a network leaves them
+alone.
 
 Legend: M rows, K inputs, N outputs of a layer.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 
 from diffusion.models import ControlPixArt, PixArt
-from diffusion.models.kernels.fp8 import quantise
+from diffusion.models.kernels.availability import HAS_TRITON
+from diffusion.models.kernels.fp8 import quantise, rounded, rounded_gelu
 
 FORMAT = torch.float8_e4m3fn
 FP8_LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")  # the others are too small: rounding costs what their products save
@@ -40,8 +43,14 @@ class Fp8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
+        return self._of_rounded(inputs, *rounded(inputs.flatten(0, -2), by_row=True))
+
+    def of_gelu(self, inputs: Tensor) -> Tensor:
+        """(..., K) -> (..., N) of the GELU (tanh) of the inputs."""
+        return self._of_rounded(inputs, *rounded_gelu(inputs.flatten(0, -2)))
+
+    def _of_rounded(self, inputs: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         weight = self.weight_bytes.view(FORMAT)
-        rows, scale = quantise(inputs.flatten(0, -2), by_row=True)
         if has_fp8_products(inputs.device):
             out = torch._scaled_mm(
                 rows,
@@ -65,6 +74,8 @@ def has_fp8_products(device: torch.device) -> bool:
 
 def quantize_network(network: PixArt | ControlPixArt) -> int:
     """Replace the layers named in FP8_LAYERS of all blocks, a ControlNet's too; returns how many."""
+    if HAS_TRITON:
+        importlib.import_module("diffusion.models.kernels.fp8_rows")  # not while the compiler reads a block
     count = 0
     blocks = [*network.blocks] if isinstance(network, PixArt) else [*network.base_model.blocks]
     if isinstance(network, ControlPixArt):

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion.inference.fp8 import FORMAT, FP8_LAYERS, Fp8Linear, has_fp8_products, quantize_network
 from diffusion.models import ControlPixArt
+from diffusion.models.kernels import gelu_mlp
 from diffusion.models.kernels.fp8 import quantise
 from tests.inference.tiny_pipeline import tiny_transformer
 
@@ -48,6 +49,20 @@ def test_a_layer_multiplies_the_rounded_values(dtype: torch.dtype) -> None:
     assert 0 < (found.double() - exact).norm() / exact.norm() < 0.06
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gelu_before_a_layer_is_rounded_with_its_inputs(dtype: torch.dtype) -> None:
+    layer, inputs = Fp8Linear(nn.Linear(32, 48).to(dtype)), values(2, 5, 32).to(dtype)
+    found, wanted = layer.of_gelu(inputs), layer(nn.functional.gelu(inputs, approximate="tanh"))
+    assert torch.equal(found, wanted)
+    mlp = tiny_transformer(depth=1).to(dtype).blocks[0].mlp
+    tokens = values(1, 3, mlp.fc1.in_features).to(dtype)
+    exact = mlp(tokens)
+    mlp.fc1, mlp.fc2 = Fp8Linear(mlp.fc1), Fp8Linear(mlp.fc2)
+    found = gelu_mlp(tokens, mlp)
+    assert torch.equal(found, mlp(tokens))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.06
+
+
 def test_bytes_survive_a_cast_of_the_network() -> None:
     layer, inputs = Fp8Linear(nn.Linear(32, 16)), values(3, 32)
     before = layer(inputs)
@@ -71,3 +86,5 @@ def test_the_card_gives_what_the_emulation_gives() -> None:
     emulated = layer(inputs).float()
     found = layer.to(device)(inputs.to(device)).float().cpu()
     assert (found - emulated).norm() / emulated.norm() < 5e-3
+    plain = layer(nn.functional.gelu(inputs.to(device), approximate="tanh"))
+    assert (layer.of_gelu(inputs.to(device)) - plain).norm() / plain.norm() < 2e-2  # whose GELU is rounded to bfloat16

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion.models.kernels.availability import HAS_TRITON, can_run
 
@@ -106,6 +107,16 @@ def rounded(values: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
         if values.shape[1] <= MOST_COLUMNS:
             return rounded_rows(values)
     return quantise(values, by_row)
+
+
+def rounded_gelu(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`rounded` by row, of the GELU (tanh) of (M, K): on a GPU both in one pass."""
+    if can_run(values.device):
+        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_rows
+
+        if values.shape[1] <= MOST_COLUMNS:
+            return rounded_rows(values, True)
+    return quantise(F.gelu(values, approximate="tanh"), by_row=True)
 
 
 def rounded_with_sum(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

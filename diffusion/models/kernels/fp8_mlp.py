@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from diffusion.models.kernels.availability import HAS_TRITON
-from diffusion.models.kernels.fp8 import product_by_row, rounded, rounded_with_sum
+from diffusion.models.kernels.fp8 import product_by_row, rounded, rounded_gelu, rounded_with_sum
 
 if HAS_TRITON:  # not while the compiler reads a block
-    from diffusion.models.kernels.fp8_rows import rounded_gelu_gradients, rounded_rows
+    from diffusion.models.kernels.fp8_rows import rounded_gelu_gradients
 
 
 class _GeluMLP(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _GeluMLP(torch.autograd.Function):
         dtype = tokens.dtype
         hidden = product_by_row(rounded(tokens, by_row=True), weight1, bias1, dtype, fast=True)
         ctx.save_for_backward(tokens, weight1, weight2, hidden)
-        return product_by_row(rounded_rows(hidden, True), weight2, bias2, dtype, fast=True)
+        return product_by_row(rounded_gelu(hidden), weight2, bias2, dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
