@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffusion.models.kernels import FP8Linear, use_fp8
+from diffusion.config.schema_kernels import KernelsConfig
+from diffusion.models.kernels import FP8_LAYERS, FP8Linear, use_fp8
 from diffusion.models.kernels.fp8 import quantise
 from tests.models.test_kernels import gpu, network
 
@@ -78,6 +79,10 @@ def test_fp8_changes_the_named_layers_alone_and_no_weights() -> None:
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
+
+
+def test_a_config_has_the_layers_of_the_kernels_as_its_default() -> None:
+    assert KernelsConfig().fp8_layers == FP8_LAYERS
 
 
 def test_fp8_says_what_it_cannot_do() -> None:

@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
         for fewest, attention, width in (_BEST if gradients else _BEST_IN_DRAWING).get(major, ()):
             if not gradients and kernels.text == "packed" and attention in _PACKAGES:
                 continue
-            if num_tokens >= fewest and _works(attention, width, device, gradients):
+            activate = partial(_activate, attention, width, device, gradients)
+            if num_tokens >= fewest and _works("attention", attention, activate):
                 return replace(kernels, attention=attention, head_width=width)
         LOGGER.info("attention='auto': nothing is measured for %s; torch chooses", torch.cuda.get_device_name(device))
     if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
@@ -136,13 +138,10 @@ def decide(kernels: Kernels, device: torch.device, num_tokens: int, *, gradients
 def _best_mlp(device: torch.device, num_tokens: int, gradients: bool) -> str:
     if device.type != "cuda":
         return "torch"
-    pays = gradients or num_tokens >= _FEWEST_FOR_QUACK
-    if pays and is_installed("quack") and torch.cuda.get_device_capability(device)[0] == 9:
-        try:
-            _activate_quack(device)
-            return "quack"
-        except RuntimeError as error:
-            LOGGER.warning("mlp='auto': %s", error)
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    pays = is_hopper and (gradients or num_tokens >= _FEWEST_FOR_QUACK)
+    if pays and _works("mlp", "quack", partial(_activate_quack, device)):
+        return "quack"
     return "torch" if gradients else "cublas"
 
 
@@ -156,14 +155,14 @@ def is_installed(form: str) -> bool:
         return False
 
 
-def _works(attention: str, width: int | None, device: torch.device, gradients: bool) -> bool:
-    """Activate this attention; whether a card computes it. Of a package that is there and fails, says why."""
-    if not is_installed(attention):
+def _works(key: str, form: str, activate: Callable[[], None]) -> bool:
+    """Activate a form that "auto" would take; whether a card computes it. Of a package that fails, says why."""
+    if not is_installed(form):
         return False
     try:
-        _activate(attention, width, device, gradients)
+        activate()
     except RuntimeError as error:
-        LOGGER.warning("attention='auto': %s", error)
+        LOGGER.warning("%s='auto': %s", key, error)
         return False
     return True
 

@@ -69,19 +69,6 @@ def gated_residual(tokens: Tensor, update: Tensor, gate: Tensor, *, fused: bool 
     return (tokens + gate * update).to(tokens.dtype)
 
 
-def gelu_linear(tokens: Tensor, layer: nn.Module, *, form: str = "torch") -> Tensor:
-    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out); without gradients, in the product by "cublas" (what
-    `form` says, of `Kernels.mlp`) or "quack"."""
-    if form == "torch" or not tokens.is_cuda or type(layer) is not nn.Linear or torch.is_grad_enabled():
-        return F.gelu(layer(tokens), approximate="tanh")
-    dtype, product = product_dtype(tokens), _gelu_linear
-    if form == "quack" and dtype != torch.float32:
-        from diffusion.models.kernels.epilogues import gelu_linear as product
-    rows = tokens.to(dtype).flatten(0, -2)
-    out: Tensor = product(rows, layer.weight.to(dtype), layer.bias.to(dtype))
-    return out.unflatten(0, tokens.shape[:-1])
-
-
 @custom_op("pixart::gelu_linear", mutates_args=())
 def _gelu_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """An operator of its own: the compiler takes torch's apart again."""
@@ -97,17 +84,15 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
     """Two linear layers with a GELU (tanh) between them: `Mlp`, (B, N, D) -> (B, N, D).
 
     Fused, its backward pass makes the GELU's output again, its gradient and that of the first bias in one pass, and
-    keeps nothing of the GELU in between. `form` is `Kernels.mlp`; layers in FP8 have a form of their own. Where no
-    gradient is asked for, it takes the form "cublas".
+    keeps nothing of the GELU in between; on a card, where no gradient is asked for, the GELU is in the first product.
+    `form` is `Kernels.mlp`; layers in FP8 have a form of their own.
     """
     if fused and tokens.device.type == "cpu" and torch.compiler.is_compiling() and is_tanh_gelu(mlp.act):
         hidden: Tensor = mlp.fc1(tokens)
         return mlp.fc2(_LogisticGelu.apply(hidden))
     is_plain = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-    if form == "torch" and fused:
-        form = "cublas"
-    if form != "torch" and is_plain and not torch.is_grad_enabled():
-        return mlp.fc2(gelu_linear(tokens, mlp.fc1, form=form))
+    if (fused or form != "torch") and is_plain and tokens.is_cuda and not torch.is_grad_enabled():
+        return mlp.fc2(_gelu_product(tokens, mlp.fc1, form))
     if hasattr(mlp.fc2, "of_gelu") and is_tanh_gelu(mlp.act):  # in FP8, for drawing
         return mlp.fc2.of_gelu(mlp.fc1(tokens))
     if rounds_by_row(mlp.fc1) and rounds_by_row(mlp.fc2) and is_tanh_gelu(mlp.act) and can_run(tokens.device):
@@ -120,6 +105,15 @@ def gelu_mlp(tokens: Tensor, mlp: Any, *, fused: bool = False, form: str = "torc
         return mlp(tokens)
     dtype, parts = product_dtype(tokens), (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return compute(tokens.to(dtype), *(part.to(dtype) for part in parts))
+
+
+def _gelu_product(tokens: Tensor, layer: nn.Linear, form: str) -> Tensor:
+    """GELU (tanh) of a linear layer, (..., D_in) -> (..., D_out), in its product: QuACK's, or else cuBLAS's."""
+    dtype, product = product_dtype(tokens), _gelu_linear
+    if form == "quack" and dtype != torch.float32:
+        from diffusion.models.kernels.epilogues import gelu_linear as product
+    out: Tensor = product(tokens.to(dtype).flatten(0, -2), layer.weight.to(dtype), layer.bias.to(dtype))
+    return out.unflatten(0, tokens.shape[:-1])
 
 
 class _LogisticGelu(torch.autograd.Function):

@@ -22,10 +22,9 @@ _GELU = "gelu_tanh_approx"
 @custom_op("pixart::quack_gelu_linear", mutates_args=())
 def gelu_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(rows weight^T + bias), (M, D) -> (M, K), without gradients; one half precision, sizes are multiples of 8."""
-    activated: Tensor = gemm_act(
-        rows, weight.t(), bias=bias, activation=_GELU, store_preact=False, tuned=False
-    )[1]  # fmt: skip
-    return activated
+    _, activated = gemm_act(rows, weight.t(), bias=bias, activation=_GELU, store_preact=False, tuned=False)
+    found: Tensor = activated
+    return found
 
 
 @gelu_linear.register_fake

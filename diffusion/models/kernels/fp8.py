@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from diffusion.models.kernels.availability import HAS_TRITON, can_run
 
 RECIPES = ("rowwise", "tensorwise")
+_MOST_COLUMNS = 8192  # that fit into the registers of a program
 # All that multiply image tokens.
 FP8_LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -101,33 +102,35 @@ class _Product(torch.autograd.Function):
 
 def rounded(values: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     """`quantise`, of many rows on a GPU in a pass of its own, which is faster than what the compiler makes of it."""
-    if by_row and can_run(values.device):
-        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_rows
+    if by_row and _in_one_pass(values):
+        from diffusion.models.kernels.fp8_rows import rounded_rows
 
-        if values.shape[1] <= MOST_COLUMNS:
-            return rounded_rows(values)
+        return rounded_rows(values)
     return quantise(values, by_row)
 
 
 def rounded_gelu(values: Tensor) -> tuple[Tensor, Tensor]:
     """`rounded` by row, of the GELU (tanh) of (M, K): on a GPU both in one pass."""
-    if can_run(values.device):
-        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_rows
+    if _in_one_pass(values):
+        from diffusion.models.kernels.fp8_rows import rounded_rows
 
-        if values.shape[1] <= MOST_COLUMNS:
-            return rounded_rows(values, True)
+        return rounded_rows(values, True)
     return quantise(F.gelu(values, approximate="tanh"), by_row=True)
 
 
 def rounded_with_sum(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`rounded` by row, and the sum over all rows, (K,) float32: on a GPU both in one pass."""
-    if can_run(values.device):
-        from diffusion.models.kernels.fp8_rows import MOST_COLUMNS, rounded_and_summed
+    if _in_one_pass(values):
+        from diffusion.models.kernels.fp8_rows import rounded_and_summed
 
-        if values.shape[1] <= MOST_COLUMNS:
-            rows, scale, sums = rounded_and_summed(values)
-            return rows, scale, sums.sum(0)
+        rows, scale, sums = rounded_and_summed(values)
+        return rows, scale, sums.sum(0)
     return *quantise(values, by_row=True), values.sum(0, dtype=torch.float32)
+
+
+def _in_one_pass(values: Tensor) -> bool:
+    """Whether the kernels of `fp8_rows.py` run there, and a row fits into a program."""
+    return can_run(values.device) and values.shape[1] <= _MOST_COLUMNS
 
 
 def quantise(values: Tensor, by_row: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
@@ -159,6 +162,12 @@ def product_by_row(
     """`scaled_product` of rows that are rounded, and their scales, with columns (N, K) that are rounded here."""
     rounded_columns, scale = quantise(columns, by_row=True)
     return scaled_product(rows[0], rounded_columns, rows[1], scale, bias, dtype, fast=fast)
+
+
+def gradient_by_row(rows: tuple[Tensor, Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a layer's inputs, (M, K): of its outputs, (M, N), rounded and with their scales, and its weight
+    (N, K)."""
+    return product_by_row(rows, weight.t().contiguous(), None, dtype, fast=False)
 
 
 def rounds_by_row(layer: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.models.kernels.availability import HAS_TRITON
-from diffusion.models.kernels.fp8 import product_by_row, rounded, rounded_gelu, rounded_with_sum
+from diffusion.models.kernels.fp8 import gradient_by_row, product_by_row, rounded, rounded_gelu, rounded_with_sum
 
 if HAS_TRITON:  # not while the compiler reads a block
     from diffusion.models.kernels.fp8_rows import rounded_gelu_gradients
@@ -32,10 +32,10 @@ class _GeluMLP(torch.autograd.Function):
         tokens, weight1, weight2, hidden = ctx.saved_tensors
         dtype = tokens.dtype
         grad_rows, grad_scales, grad_bias2 = rounded_with_sum(grad)
-        grad_activated = product_by_row((grad_rows, grad_scales), weight2.t().contiguous(), None, dtype, fast=False)
+        grad_activated = gradient_by_row((grad_rows, grad_scales), weight2, dtype)
         activated, grad_hidden, rows, scales, sums = rounded_gelu_gradients(grad_activated, hidden)
         return (
-            product_by_row((rows, scales), weight1.t().contiguous(), None, dtype, fast=False),
+            gradient_by_row((rows, scales), weight1, dtype),
             grad_hidden.t() @ tokens,
             sums.sum(0).to(dtype),
             grad.t() @ activated,

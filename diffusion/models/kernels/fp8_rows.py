@@ -15,7 +15,6 @@ from torch.library import custom_op
 
 from diffusion.models.kernels import fp8_triton as kernels
 
-MOST_COLUMNS = 8192  # that fit into the registers of a program
 # As fastest on an H200.
 _ROUND = {"num_warps": 4}
 _SUM = {"ROWS": 16, "num_warps": 4}
@@ -27,9 +26,8 @@ _JOIN = {"ROWS": 16, "num_warps": 4}
 def rounded_rows(values: Tensor, of_gelu: bool = False) -> tuple[Tensor, Tensor]:
     """(M, K) -> the same, or their GELU (tanh), rounded, and the scales."""
     (rows, width), (rounded, scales) = values.shape, _room(values)
-    kernels.round_row[(rows,)](
-        values.contiguous(), rounded, scales, width, OF_GELU=of_gelu, **_columns(width), **_ROUND
-    )  # fmt: skip
+    given = values.contiguous(), rounded, scales, width
+    kernels.round_row[(rows,)](*given, OF_GELU=of_gelu, **_columns(width), **_ROUND)
     return rounded, scales
 
 

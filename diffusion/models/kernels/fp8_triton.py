@@ -55,6 +55,13 @@ def _factor(largest, scales, row, end):
 
 
 @triton.jit
+def _round(first, second, rounded, scales, row, end, width, main, rest):
+    """A row that one scale serves."""
+    factor = _factor(_largest(first, second), scales, row, end)
+    _put(first * factor, second * factor, rounded, row, end, width, main, rest, width)
+
+
+@triton.jit
 def _gelu(part, OF_GELU: tl.constexpr):
     if OF_GELU:
         part, _ = gelu_and_slope(part)
@@ -67,8 +74,7 @@ def round_row(values, rounded, scales, width, OF_GELU: tl.constexpr, MAIN: tl.co
     row, main, rest = tl.program_id(0).to(tl.int64), tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     first, second = _row(values, row, row + 1, width, main, rest, width, 1, 1)
     first, second = _gelu(first.to(tl.float32), OF_GELU), _gelu(second.to(tl.float32), OF_GELU)
-    factor = _factor(_largest(first, second), scales, row, row + 1)
-    _put(first * factor, second * factor, rounded, row, row + 1, width, main, rest, width)
+    _round(first, second, rounded, scales, row, row + 1, width, main, rest)
 
 
 @triton.jit
@@ -86,8 +92,7 @@ def round_and_sum(
         next1, next2 = _row(values, row + 1, end, width, main, rest, width, 1, 1)
         sum1 += first
         sum2 += second
-        factor = _factor(_largest(first, second), scales, row, end)
-        _put(first * factor, second * factor, rounded, row, end, width, main, rest, width)
+        _round(first, second, rounded, scales, row, end, width, main, rest)
         row += 1
     _put(sum1, sum2, sums, tl.program_id(0).to(tl.int64), tl.num_programs(0), width, main, rest, width)
 
@@ -116,8 +121,7 @@ def round_gelu_gradients(
         sum2 += second
         _put(active1, active2, activated, row, end, width, main, rest, width)
         _put(first, second, grad_hidden, row, end, width, main, rest, width)
-        factor = _factor(_largest(first, second), scales, row, end)
-        _put(first * factor, second * factor, rounded, row, end, width, main, rest, width)
+        _round(first, second, rounded, scales, row, end, width, main, rest)
         row += 1
     _put(sum1, sum2, sums, tl.program_id(0).to(tl.int64), tl.num_programs(0), width, main, rest, width)
 

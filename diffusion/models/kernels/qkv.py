@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from diffusion.models.kernels.fp8 import product_by_row, rounded
+from diffusion.models.kernels.fp8 import gradient_by_row, product_by_row, rounded
 from diffusion.models.kernels.fp8_rows import rounded_join
 from diffusion.models.kernels.fp8_triton import padded
 from diffusion.models.kernels.heads import widened
@@ -93,8 +93,7 @@ class _Project(torch.autograd.Function):
         q, k, v = [gradient.contiguous().flatten(0, 1) for gradient in gradients]
         if ctx.in_fp8:
             joined, rows, scales, sums = rounded_join(q, k, v, ctx.channels)
-            back = weight.t().contiguous()
-            grad_tokens = product_by_row((rows, scales), back, None, tokens.dtype, fast=False)
+            grad_tokens = gradient_by_row((rows, scales), weight, tokens.dtype)
         else:
             joined, sums = _joined(q, k, v, ctx.channels, _JOIN["ROWS"])
             grad_tokens = joined @ weight
